@@ -1,0 +1,175 @@
+"""The kernel library through ctypes: the structs of csrc/params.h and a caller for each op.
+
+Knows no tensor library: pointers are plain integers, so NumPy, Paddle and PyTorch memory all fit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from importlib.metadata import distribution
+from pathlib import Path
+
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+DTYPES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
+
+_pointer, _int32, _int64, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+
+
+class Batch(ctypes.Structure):
+    _fields_ = [
+        ("batch_id_per_token", _pointer),
+        ("cu_seqlens_q", _pointer),
+        ("query_lens", _pointer),
+        ("history_lens", _pointer),
+        ("block_tables", _pointer),
+        ("num_tokens", _int32),
+        ("batch_size", _int32),
+        ("max_blocks", _int32),
+        ("num_pages", _int32),
+    ]
+
+
+class Heads(ctypes.Structure):
+    _fields_ = [
+        ("num_q_heads", _int32),
+        ("num_kv_heads", _int32),
+        ("head_dim", _int32),
+        ("dtype", _int32),
+    ]
+
+
+class RopeAndWriteKvParams(ctypes.Structure):
+    op = "rope_and_write_kv"
+    _fields_ = [
+        ("batch", Batch),
+        ("heads", Heads),
+        ("q", _pointer),
+        ("k", _pointer),
+        ("v", _pointer),
+        ("cos", _pointer),
+        ("sin", _pointer),
+        ("k_cache", _pointer),
+        ("v_cache", _pointer),
+        ("q_stride", _int64),
+        ("k_stride", _int64),
+        ("v_stride", _int64),
+        ("max_position", _int32),
+    ]
+
+
+class CompressKeysParams(ctypes.Structure):
+    op = "compress_keys"
+    _fields_ = [
+        ("batch", Batch),
+        ("heads", Heads),
+        ("compress_from", _pointer),
+        ("k_cache", _pointer),
+        ("k1_cache", _pointer),
+        ("k2_cache", _pointer),
+    ]
+
+
+class SelectBlocksParams(ctypes.Structure):
+    op = "select_blocks"
+    _fields_ = [
+        ("batch", Batch),
+        ("heads", Heads),
+        ("q", _pointer),
+        ("k1_cache", _pointer),
+        ("k2_cache", _pointer),
+        ("topk_idx", _pointer),
+        ("workspace", _pointer),
+        ("workspace_bytes", _int64),
+        ("q_stride", _int64),
+        ("softmax_scale", _float),
+        ("init_blocks", _int32),
+        ("local_blocks", _int32),
+        ("budget", _int32),
+        ("dense_len", _int32),
+    ]
+
+
+class SparseAttentionParams(ctypes.Structure):
+    op = "sparse_attention"
+    _fields_ = [
+        ("batch", Batch),
+        ("heads", Heads),
+        ("q", _pointer),
+        ("k_cache", _pointer),
+        ("v_cache", _pointer),
+        ("topk_idx", _pointer),
+        ("out", _pointer),
+        ("lse", _pointer),
+        ("workspace", _pointer),
+        ("workspace_bytes", _int64),
+        ("q_stride", _int64),
+        ("out_stride", _int64),
+        ("softmax_scale", _float),
+        ("budget", _int32),
+        ("dense_len", _int32),
+    ]
+
+
+PARAMS = (RopeAndWriteKvParams, CompressKeysParams, SelectBlocksParams, SparseAttentionParams)
+Params = RopeAndWriteKvParams | CompressKeysParams | SelectBlocksParams | SparseAttentionParams
+
+
+class KernelError(RuntimeError):
+    """A launch was refused; the message is the library's own."""
+
+
+def library_path() -> Path:
+    """Where the library lies: $FD_MINICPM41_KERNELS, else the installed package's own."""
+    override = os.environ.get("FD_MINICPM41_KERNELS")
+    if override:
+        return Path(override)
+    found = distribution("fd-minicpm41").locate_file("fd_minicpm41/lib/libfd_minicpm41_kernels.so")
+    return Path(str(found))
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The loaded library, its struct sizes checked against the mirrors above."""
+    lib = ctypes.CDLL(str(library_path()))
+    lib.minicpm41_last_error.restype = ctypes.c_char_p
+    lib.minicpm41_build_info.restype = ctypes.c_char_p
+    for params in PARAMS:
+        size = getattr(lib, f"minicpm41_sizeof_{params.op}")
+        size.restype = _int64
+        if size() != ctypes.sizeof(params):
+            raise RuntimeError(
+                f"{params.__name__} is {ctypes.sizeof(params)} bytes here and {size()} in "
+                f"{library_path()}: build the library anew, or mend tests/capi.py"
+            )
+    for op in ("select_blocks", "sparse_attention"):
+        getattr(lib, f"minicpm41_{op}_workspace_cuda").restype = _int64
+    return lib
+
+
+def build_info() -> dict[str, str]:
+    """{"version": "0.1.0", "cuda": "90a"}; cuda is "none" in a build without it."""
+    text = library().minicpm41_build_info().decode()
+    return dict(item.split("=", 1) for item in text.split(" "))
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise KernelError(library().minicpm41_last_error().decode())
+
+
+def run_cpu(params: Params) -> None:
+    """Runs the op of ``params`` on the CPU."""
+    _check(getattr(library(), f"minicpm41_{params.op}_cpu")(ctypes.byref(params)))
+
+
+def run_cuda(params: Params, stream: int) -> None:
+    """Launches the op of ``params`` on a CUDA stream, given as its address."""
+    launch = getattr(library(), f"minicpm41_{params.op}_cuda")
+    _check(launch(ctypes.byref(params), ctypes.c_void_p(stream)))
+
+
+def workspace_cuda(params: SelectBlocksParams | SparseAttentionParams) -> int:
+    """Bytes of scratch the CUDA launch of ``params`` wants."""
+    return getattr(library(), f"minicpm41_{params.op}_workspace_cuda")(ctypes.byref(params))
