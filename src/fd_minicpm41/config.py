@@ -307,7 +307,7 @@ class MiniCPMConfig:
         return replace(self, rope_scaling=table, max_context=PUBLISHED_ROPE_TABLES[name.lower()])
 
     def with_sparse(self, sparse: SparseConfig | None = None) -> MiniCPMConfig:
-        """This configuration with sparse attention: ``sparse``, else its own, else the published."""
+        """This configuration with ``sparse``, else its own sparse attention, else the published."""
         return replace(self, sparse=sparse or self.sparse or SparseConfig())
 
     @classmethod

@@ -2,8 +2,8 @@
 
 One request at a time. Shapes: ``num_tokens`` query tokens at positions ``history_len ..``;
 ``kv_len = history_len + num_tokens`` keys. All arithmetic is fp32 whatever the inputs; compressed
-keys are rounded to the dtype of keys, as a cache stores them. Sources: "InfLLM-V2" (arXiv 2509.24663),
-and the Hugging Face modelling code of MiniCPM4 where the paper leaves a choice.
+keys are rounded to the dtype of the keys, as a cache stores them. Sources: the InfLLM-V2 paper
+(arXiv 2509.24663), and the Hugging Face modelling code of MiniCPM4 where the paper leaves a choice.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def score_blocks(
     """How much attention each kv head's query group pays to each block, by the compressed keys.
 
     ``exp(scale * q.k1_j - lse)`` summed over the heads of a group, where ``lse`` is the log-sum-exp
-    of ``scale * q.k2`` and ``scale = head_dim ** -0.5``; a block takes the largest value of the fine
-    windows that overlap it. A row sees only windows that end at or before its own position.
+    of ``scale * q.k2`` and ``scale = head_dim ** -0.5``; a block takes the largest value of the
+    fine windows that overlap it. A row sees only windows that end at or before its own position.
 
     Args:
         q: ``[num_tokens, num_q_heads, head_dim]``.
@@ -283,7 +283,8 @@ def _masked_attention(
         logits = paddle.where(visible.unsqueeze(1), logits, paddle.full_like(logits, float("-inf")))
         peak = logits.max(axis=-1, keepdim=True)
         peak = paddle.where(paddle.isfinite(peak), peak, paddle.zeros_like(peak))
-        weights = paddle.exp(logits - peak)
+        # Masked again: the CPU's vectorised exp returns 1e-38 for -inf, and a value may be 1e30.
+        weights = paddle.exp(logits - peak) * visible.unsqueeze(1).astype("float32")
         total = weights.sum(axis=-1, keepdim=True)
         # A row without a key has weights of 0 only: its result is 0, not a division by 0.
         out = weights @ values / paddle.where(total > 0, total, paddle.ones_like(total))

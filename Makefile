@@ -1,0 +1,69 @@
+# Every target does its own set-up: `make demo` and `make test` work from a bare clone with python3.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Kernels for the CPU only unless asked otherwise: FDM_CUDA=ON compiles every CUDA architecture.
+FDM_CUDA ?= OFF
+
+DEPENDENCIES := $(VENV)/.dependencies
+INSTALLED := $(VENV)/.installed
+NATIVE := $(wildcard csrc/*.h csrc/*.cc csrc/cpu/* csrc/cuda/* csrc/paddle/*) CMakeLists.txt \
+          pyproject.toml fd_minicpm41_autoload.pth
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
+
+$(DEPENDENCIES): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(BIN)/python .ci/install_dependencies.py cpu demo plot test dev
+	@touch $@
+
+# Editable: Python files are used where they stand; the kernels are built once and after a change.
+$(INSTALLED): $(DEPENDENCIES) $(NATIVE)
+	$(PIP) install --quiet --no-deps --no-build-isolation \
+	    --config-settings=cmake.define.FDM_CUDA=$(FDM_CUDA) --editable .
+	@touch $@
+
+.PHONY: install
+install: $(INSTALLED) ## Make .venv with the package and everything its tests need
+
+.PHONY: demo
+demo: $(INSTALLED) ## Answer a prompt with a real small model, dense and sparse, on this CPU
+	$(BIN)/fd-minicpm41 demo $(DEMO_ARGS)
+
+.PHONY: test
+test: $(INSTALLED) ## Run the tests that need neither GPU nor FastDeploy (ARGS=... go to pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: coverage
+coverage: $(INSTALLED) ## The same with line coverage, at least 90 %
+	$(BIN)/python -m pytest --cov --cov-report=term-missing --cov-fail-under=90 $(ARGS)
+
+.PHONY: lint
+lint: $(INSTALLED) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | \
+	    xargs $(BIN)/clang-format --dry-run --Werror
+
+.PHONY: format
+format: $(INSTALLED) ## Rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	@git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | \
+	    xargs $(BIN)/clang-format -i
+
+.PHONY: wheel
+wheel: $(DEPENDENCIES) ## Build the wheel into dist/
+	$(PIP) wheel --quiet --no-deps --no-build-isolation \
+	    --config-settings=cmake.define.FDM_CUDA=$(FDM_CUDA) --wheel-dir dist .
+
+.PHONY: clean
+clean: ## Remove everything that was built, the environments too
+	rm -rf $(VENV) .venv-host .demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
