@@ -8,25 +8,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Kernels for the CPU only unless asked otherwise: FDM_CUDA=ON compiles every CUDA architecture.
 FDM_CUDA ?= OFF
 
-DEPENDENCIES := $(VENV)/.dependencies
 INSTALLED := $(VENV)/.installed
-NATIVE := $(wildcard csrc/*.h csrc/*.cc csrc/cpu/* csrc/cuda/* csrc/paddle/*) CMakeLists.txt \
-          pyproject.toml fd_minicpm41_autoload.pth
+NATIVE := $(wildcard csrc/*.h csrc/*.cc csrc/cpu/* csrc/cuda/* csrc/paddle/*)
 
 .PHONY: help
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
-$(DEPENDENCIES): pyproject.toml
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --upgrade pip
-	$(BIN)/python .ci/install_dependencies.py cpu demo plot test dev
-	@touch $@
-
 # Editable: Python files are used where they stand; the kernels are built once and after a change.
-$(INSTALLED): $(DEPENDENCIES) $(NATIVE)
-	$(PIP) install --quiet --no-deps --no-build-isolation \
-	    --config-settings=cmake.define.FDM_CUDA=$(FDM_CUDA) --editable .
+$(INSTALLED): pyproject.toml CMakeLists.txt fd_minicpm41_autoload.pth $(NATIVE)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --config-settings=cmake.define.FDM_CUDA=$(FDM_CUDA) \
+	    --editable '.[cpu,demo,plot,test,dev]'
 	@touch $@
 
 .PHONY: install
@@ -60,9 +53,9 @@ format: $(INSTALLED) ## Rewrite the sources in the project's style
 	    xargs $(BIN)/clang-format -i
 
 .PHONY: wheel
-wheel: $(DEPENDENCIES) ## Build the wheel into dist/
-	$(PIP) wheel --quiet --no-deps --no-build-isolation \
-	    --config-settings=cmake.define.FDM_CUDA=$(FDM_CUDA) --wheel-dir dist .
+wheel: $(INSTALLED) ## Build the wheel into dist/
+	$(PIP) wheel --quiet --no-deps --config-settings=cmake.define.FDM_CUDA=$(FDM_CUDA) \
+	    --wheel-dir dist .
 
 .PHONY: clean
 clean: ## Remove everything that was built, the environments too
