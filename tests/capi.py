@@ -88,6 +88,7 @@ class SelectBlocksParams(ctypes.Structure):
         ("local_blocks", _int32),
         ("budget", _int32),
         ("dense_len", _int32),
+        ("overlap", _int32),
     ]
 
 
@@ -109,6 +110,7 @@ class SparseAttentionParams(ctypes.Structure):
         ("softmax_scale", _float),
         ("budget", _int32),
         ("dense_len", _int32),
+        ("overlap", _int32),
     ]
 
 
@@ -173,3 +175,93 @@ def run_cuda(params: Params, stream: int) -> None:
 def workspace_cuda(params: SelectBlocksParams | SparseAttentionParams) -> int:
     """Bytes of scratch the CUDA launch of ``params`` wants."""
     return getattr(library(), f"minicpm41_{params.op}_workspace_cuda")(ctypes.byref(params))
+
+
+def address(array: object) -> int:
+    """Where an array's numbers begin: NumPy's or any tensor's with ``data_ptr``; None is null."""
+    if array is None:
+        return 0
+    return array.data_ptr() if hasattr(array, "data_ptr") else array.ctypes.data
+
+
+def batch_of(step: object) -> Batch:
+    """The :class:`Batch` of a ``cases.Step``, whose arrays must outlive it."""
+    return Batch(
+        batch_id_per_token=address(step.batch_id_per_token),
+        cu_seqlens_q=address(step.cu_seqlens_q),
+        query_lens=address(step.query_lens),
+        history_lens=address(step.history_lens),
+        block_tables=address(step.block_tables),
+        num_tokens=len(step.batch_id_per_token),
+        batch_size=len(step.query_lens),
+        max_blocks=step.block_tables.shape[1],
+        num_pages=step.k_cache.shape[0],
+    )
+
+
+def heads_of(step: object) -> Heads:
+    """The :class:`Heads` of a ``cases.Step``."""
+    g = step.geometry
+    return Heads(g.num_q_heads, g.num_kv_heads, g.head_dim, DTYPES[g.dtype])
+
+
+def compress_keys_params(step: object, compress_from: object = None) -> CompressKeysParams:
+    """Over the caches of a step; ``compress_from`` None takes the history lengths."""
+    return CompressKeysParams(
+        batch=batch_of(step),
+        heads=heads_of(step),
+        compress_from=address(compress_from),
+        k_cache=address(step.k_cache),
+        k1_cache=address(step.k1_cache),
+        k2_cache=address(step.k2_cache),
+    )
+
+
+def select_blocks_params(
+    step: object, sparse_config: object, topk_idx: object, overlap: int = 0
+) -> SelectBlocksParams:
+    """Over the compressed keys of a step, with the sizes of a ``SparseConfig``."""
+    g, c = step.geometry, sparse_config
+    return SelectBlocksParams(
+        batch=batch_of(step),
+        heads=heads_of(step),
+        q=address(step.q),
+        k1_cache=address(step.k1_cache),
+        k2_cache=address(step.k2_cache),
+        topk_idx=address(topk_idx),
+        q_stride=g.num_q_heads * g.head_dim,
+        softmax_scale=g.head_dim**-0.5,
+        init_blocks=c.init_blocks,
+        local_blocks=c.local_blocks + 1,
+        budget=c.budget,
+        dense_len=c.dense_len,
+        overlap=overlap,
+    )
+
+
+def sparse_attention_params(
+    step: object,
+    topk_idx: object,
+    out: object,
+    dense_len: int,
+    lse: object = None,
+    overlap: int = 0,
+) -> SparseAttentionParams:
+    """Over the caches of a step; the budget is the last dimension of ``topk_idx``."""
+    g = step.geometry
+    return SparseAttentionParams(
+        batch=batch_of(step),
+        heads=heads_of(step),
+        q=address(step.q),
+        k_cache=address(step.k_cache),
+        v_cache=address(step.v_cache),
+        topk_idx=address(topk_idx),
+        out=address(out),
+        lse=address(lse),
+        q_stride=g.num_q_heads * g.head_dim,
+        out_stride=g.num_q_heads * g.head_dim,
+        softmax_scale=g.head_dim**-0.5,
+        budget=topk_idx.shape[2],
+        dense_len=dense_len,
+        overlap=overlap,
+    )
