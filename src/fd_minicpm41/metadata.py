@@ -1,0 +1,62 @@
+"""FastDeploy's lengths and tables in this project's words, translated once a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import paddle
+
+from fd_minicpm41.cache import CompressedKeys, compressed_keys_of
+
+if TYPE_CHECKING:
+    from fastdeploy.model_executor.forward_meta import ForwardMeta
+
+
+@dataclass(frozen=True)
+class InfLLMV2AttentionMetadata:
+    """What every layer of one step needs. Nothing here was copied to the host.
+
+    Attributes:
+        batch_id_per_token: int32 ``[num_tokens]``, -1 for padding rows.
+        cu_seqlens_q: int32 ``[batch_size + 1]``.
+        query_lens: int32 ``[batch_size]``, new tokens of each request, 0 for an idle slot.
+        history_lens: int32 ``[batch_size]``, tokens in the cache before this step.
+        compress_from: int32 ``[batch_size]``, first token whose windows are computed this step.
+        block_tables: int32 ``[batch_size, max_blocks]``, logical block to page, -1 padded.
+        compressed_keys: of each layer.
+    """
+
+    batch_id_per_token: paddle.Tensor
+    cu_seqlens_q: paddle.Tensor
+    query_lens: paddle.Tensor
+    history_lens: paddle.Tensor
+    compress_from: paddle.Tensor
+    block_tables: paddle.Tensor
+    compressed_keys: tuple[CompressedKeys, ...]
+
+    @classmethod
+    def from_forward_meta(cls, forward_meta: ForwardMeta) -> InfLLMV2AttentionMetadata:
+        """Reads one step's ``ForwardMeta``; called before the step, outside a captured graph."""
+        history_lens = _flat(forward_meta.seq_lens_decoder)
+        compress_from = history_lens
+        if not forward_meta.step_use_cudagraph:
+            # A prefill chunk with history may follow a prefix hit, a swap-in or a preemption, whose
+            # pages came without compressed keys: rebuild the whole prefix, 512 bytes a token. A graph
+            # holds decode rows alone, and only tensors at the addresses it was captured with.
+            is_prefill = _flat(forward_meta.seq_lens_encoder) > 0
+            compress_from = paddle.where(is_prefill, paddle.zeros_like(history_lens), history_lens)
+        return cls(
+            batch_id_per_token=_flat(forward_meta.batch_id_per_token),
+            cu_seqlens_q=forward_meta.cu_seqlens_q,
+            query_lens=_flat(forward_meta.seq_lens_this_time),
+            history_lens=history_lens,
+            compress_from=compress_from,
+            block_tables=forward_meta.block_tables,
+            compressed_keys=tuple(compressed_keys_of(k) for k in forward_meta.caches[::2]),
+        )
+
+
+def _flat(lens: paddle.Tensor) -> paddle.Tensor:
+    """``[n]`` of a tensor that FastDeploy 2.5 holds as ``[n, 1]``; a view, so addresses stay."""
+    return lens if lens.ndim == 1 else lens.reshape([-1])
