@@ -1,14 +1,9 @@
-// The functions of launch.h with C linkage: for the Paddle binding, which may be built by another
-// compiler than this library, and for ctypes, so that tests and benchmarks run on any tensor
-// library.
-//
-// Every launch returns 0, or 1 with one line in minicpm41_last_error() of the same thread.
+#include "capi.h"
+
 #include <exception>
 #include <string>
 
 #include "launch.h"
-
-#define MINICPM41_EXPORT extern "C" __attribute__((visibility("default")))
 
 #ifndef MINICPM41_VERSION
 #error "define MINICPM41_VERSION, the package's version as a string"
@@ -52,7 +47,6 @@ Status without_cuda(const char* op) {
 
 MINICPM41_EXPORT const char* minicpm41_last_error() { return minicpm41::last_error.c_str(); }
 
-// "version=0.1.0 cuda=90a", or "cuda=none".
 MINICPM41_EXPORT const char* minicpm41_build_info() {
   return "version=" MINICPM41_VERSION " cuda=" MINICPM41_CUDA_INFO;
 }

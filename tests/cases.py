@@ -89,7 +89,7 @@ class Step:
         return self.batch_id_per_token < 0
 
     def cached(self, cache: NDArray, request: int) -> NDArray:
-        """A request's sequence read back from a paged cache: ``[kv_len, num_kv_heads, head_dim]``."""
+        """A request's ``[kv_len, num_kv_heads, head_dim]`` read back from a paged cache."""
         kv_len = self.requests[request].kv_len
         pages = self.block_tables[request, : -(-kv_len // BLOCK_SIZE)]
         g = self.geometry
@@ -110,8 +110,10 @@ class Step:
 
 
 def store_windows(step: Step, request: int, k1: NDArray, k2: NDArray) -> None:
-    """Puts the means of a request's windows (``[windows, num_kv_heads, head_dim]``) into their slots:
-    a window lies in the page that holds its last token."""
+    """Puts a request's means, ``[windows, num_kv_heads, head_dim]``, into their slots.
+
+    A window lies in the page that holds its last token.
+    """
     table = step.block_tables[request]
     for j in range(len(k1)):
         last = 16 * j + 31

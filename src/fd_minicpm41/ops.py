@@ -1,0 +1,197 @@
+"""Typed functions over the custom ops, and the only file that knows their names.
+
+Importing this module loads nothing; the first call loads the kernels and the Paddle binding
+(:mod:`fd_minicpm41.binding`). CPU tensors run on the CPU side, GPU tensors on the CUDA side, on
+Paddle's stream. All ops walk FastDeploy's paged caches, where a page holds exactly one block.
+
+Every op takes the five tensors of a step, all int32:
+    batch_id_per_token: ``[num_tokens]``, owner of each row, -1 for a padding row.
+    cu_seqlens_q: ``[batch_size + 1]``.
+    query_lens: ``[batch_size]``, new tokens of each request; 0 is an idle slot.
+    history_lens: ``[batch_size]``, tokens in the cache before the step.
+    block_tables: ``[batch_size, max_blocks]``, logical block to page.
+
+``qkv`` is ``[num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim]`` and shares its dtype
+(float32, float16 or bfloat16) with the caches. Tensors that an op writes to must be contiguous.
+Every op is safe to capture in a CUDA graph: no host synchronisation, and neither shapes nor grids
+depend on lengths.
+
+Bad input raises ValueError, one line with the name, what is wanted and what came. Lengths and block
+ids are looked at on the CPU; a CUDA launch checks what the host can know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fd_minicpm41 import binding
+
+if TYPE_CHECKING:
+    import paddle
+
+    from fd_minicpm41.config import SparseConfig
+
+
+def rope_and_write_kv(
+    qkv: paddle.Tensor,
+    rotary_embs: paddle.Tensor,
+    k_cache: paddle.Tensor,
+    v_cache: paddle.Tensor,
+    batch_id_per_token: paddle.Tensor,
+    cu_seqlens_q: paddle.Tensor,
+    query_lens: paddle.Tensor,
+    history_lens: paddle.Tensor,
+    block_tables: paddle.Tensor,
+) -> None:
+    """Rotates q inside ``qkv`` and writes rotated k and plain v to their pages.
+
+    Equivalent to ``reference.model.rotate`` on q and k, then a scatter.
+
+    Args:
+        qkv: its q part is changed in place.
+        rotary_embs: fp32 ``[2, 1, max_position, 1, head_dim]``, cos and sin, NeoX halves.
+        k_cache, v_cache: ``[num_pages, num_kv_heads, 64, head_dim]``, written.
+    """
+    _run(
+        "rope_and_write_kv",
+        {"qkv": qkv, "k_cache": k_cache, "v_cache": v_cache},
+        [qkv, rotary_embs, k_cache, v_cache]
+        + [batch_id_per_token, cu_seqlens_q, query_lens, history_lens, block_tables],
+    )
+
+
+def compress_keys(
+    k_cache: paddle.Tensor,
+    k1_cache: paddle.Tensor,
+    k2_cache: paddle.Tensor,
+    compress_from: paddle.Tensor | None,
+    batch_id_per_token: paddle.Tensor,
+    cu_seqlens_q: paddle.Tensor,
+    query_lens: paddle.Tensor,
+    history_lens: paddle.Tensor,
+    block_tables: paddle.Tensor,
+) -> None:
+    """Writes the mean of every window that ends inside ``[compress_from, kv_len)`` of its request.
+
+    Equivalent to ``reference.attention.compress_keys``, each window kept in the page that holds its
+    last token.
+
+    Args:
+        k_cache: ``[num_pages, num_kv_heads, 64, head_dim]``.
+        k1_cache: ``[num_pages, num_kv_heads, 4, head_dim]``, fine windows, written.
+        k2_cache: ``[num_pages, num_kv_heads, 1, head_dim]``, coarse windows, written.
+        compress_from: int32 ``[batch_size]``; None means ``history_lens``, 0 rebuilds a prefix.
+    """
+    start = history_lens if compress_from is None else compress_from
+    _run(
+        "compress_keys",
+        {"k1_cache": k1_cache, "k2_cache": k2_cache},
+        [k_cache, k1_cache, k2_cache, start]
+        + [batch_id_per_token, cu_seqlens_q, query_lens, history_lens, block_tables],
+    )
+
+
+def select_blocks(
+    qkv: paddle.Tensor,
+    k1_cache: paddle.Tensor,
+    k2_cache: paddle.Tensor,
+    batch_id_per_token: paddle.Tensor,
+    cu_seqlens_q: paddle.Tensor,
+    query_lens: paddle.Tensor,
+    history_lens: paddle.Tensor,
+    block_tables: paddle.Tensor,
+    sparse_config: SparseConfig,
+    *,
+    overlap: bool = False,
+) -> paddle.Tensor:
+    """Lists, for each row and kv head, the blocks it attends to.
+
+    Equivalent to ``reference.attention.select_blocks``. Changes nothing.
+
+    Args:
+        qkv: q rotated.
+        k1_cache, k2_cache: as :func:`compress_keys` leaves them.
+        overlap: promises that the launch before this one on the stream is :func:`compress_keys` of
+            the same step, so that this one may start before it ends.
+
+    Returns:
+        int32 ``[num_kv_heads, num_tokens, budget]``, logical block ids, ascending, -1 padded. Rows
+        of padding are not written.
+    """
+    c = sparse_config
+    (topk_idx,) = _run(
+        "select_blocks",
+        {},
+        [qkv, k1_cache, k2_cache]
+        + [batch_id_per_token, cu_seqlens_q, query_lens, history_lens, block_tables],
+        # The op counts a row's own block among the local ones.
+        [_softmax_scale(k1_cache), c.init_blocks, c.local_blocks + 1, c.budget, c.dense_len]
+        + [overlap],
+    )
+    return topk_idx
+
+
+def sparse_attention(
+    qkv: paddle.Tensor,
+    k_cache: paddle.Tensor,
+    v_cache: paddle.Tensor,
+    topk_idx: paddle.Tensor,
+    batch_id_per_token: paddle.Tensor,
+    cu_seqlens_q: paddle.Tensor,
+    query_lens: paddle.Tensor,
+    history_lens: paddle.Tensor,
+    block_tables: paddle.Tensor,
+    sparse_config: SparseConfig,
+    *,
+    overlap: bool = False,
+) -> paddle.Tensor:
+    """Attends to the listed blocks, causally; a row below ``dense_len`` to all of its blocks.
+
+    Equivalent to ``reference.attention.infllmv2_attention``, ``topk_idx`` given. Changes nothing.
+
+    Args:
+        qkv: q rotated.
+        k_cache, v_cache: ``[num_pages, num_kv_heads, 64, head_dim]``.
+        topk_idx: int32 ``[num_kv_heads, num_tokens, budget]``; not read for a dense row.
+        overlap: promises that the launch before this one on the stream is :func:`select_blocks` of
+            the same step.
+
+    Returns:
+        ``[num_tokens, num_q_heads * head_dim]``; padding rows are 0.
+    """
+    (out,) = _run(
+        "sparse_attention",
+        {},
+        [qkv, k_cache, v_cache, topk_idx]
+        + [batch_id_per_token, cu_seqlens_q, query_lens, history_lens, block_tables],
+        [_softmax_scale(k_cache), sparse_config.dense_len, overlap],
+    )
+    return out
+
+
+def _softmax_scale(cache: paddle.Tensor) -> float:
+    return float(cache.shape[-1] ** -0.5)
+
+
+def _run(
+    op: str,
+    written: dict[str, paddle.Tensor],
+    tensors: Sequence[paddle.Tensor],
+    attributes: Sequence[float | int | bool] = (),
+) -> Any:
+    binding.load()
+    import paddle
+
+    for name, tensor in written.items():
+        # Paddle would hand the op a contiguous copy, and what it writes would be lost.
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"minicpm41_{op}: {name}: wanted contiguous, got strides {tensor.strides}"
+            )
+    try:
+        run = paddle._C_ops._run_custom_op
+        return run(f"minicpm41_{op}", *tensors, *attributes)
+    except OSError as error:
+        # How Paddle passes on an exception of an op, with a source line after it.
+        raise ValueError(str(error).strip().splitlines()[0]) from None
