@@ -86,6 +86,8 @@ struct SelectBlocksParams {
   int32_t local_blocks;  // forced up to and with the token's own block: window_size / 64 + 1
   int32_t budget;        // blocks a row attends to at most: topk + window_size / 64
   int32_t dense_len;     // a row at position p is sparse iff p + 1 >= dense_len
+  int32_t overlap;       // 1: the launch before this one on the stream is run_compress_keys of this
+                         // step, and this one may start before it ends. 0: promises nothing
 };
 
 // Attends to the listed blocks, causally inside the last one. A row with p + 1 < dense_len attends to
@@ -106,6 +108,8 @@ struct SparseAttentionParams {
   float softmax_scale;
   int32_t budget;
   int32_t dense_len;
+  int32_t overlap;  // 1: the launch before this one on the stream is run_select_blocks of this step,
+                    // and this one may start before it ends. 0: promises nothing
 };
 
 }  // namespace minicpm41
