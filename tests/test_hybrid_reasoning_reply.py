@@ -15,7 +15,7 @@ from fd_minicpm41.hybrid_reasoning import (
     parse_tool_calls,
     render_tool_call,
 )
-from fd_minicpm41.hybrid_reasoning.tool_parser import MAX_CALLS, MAX_CODE_CHARS
+from fd_minicpm41.hybrid_reasoning.tool_calls import MAX_CALLS, MAX_CODE_CHARS
 
 MODE = HybridReasoningMode()
 CALL = '<|tool_call_start|>\n```python\nweather(city="Paris", days=[1, 2])\n```\n<|tool_call_end|>'

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fd_minicpm41.hybrid_reasoning.mode import HybridReasoningMode, ThinkMarkers
-from fd_minicpm41.hybrid_reasoning.tool_parser import MAX_CODE_CHARS, ToolCall, parse_tool_calls
+from fd_minicpm41.hybrid_reasoning.tool_calls import MAX_CODE_CHARS, ToolCall, parse_tool_calls
 
 Start = Literal["auto", "open", "off"]
 """Where a reply starts: it may open thinking, the prompt has opened it, or there is none."""
@@ -57,6 +57,8 @@ class ReplySplitter:
         self._held = ""
         self._call: list[str] = []
         self._call_chars = 0
+        self.thought = False
+        """Whether a block of thinking has been closed."""
         self._markers: ThinkMarkers = mode.markers[0]
         self._step = {"auto": self._head, "open": self._think, "off": self._answer}[start]
 
@@ -107,6 +109,7 @@ class ReplySplitter:
         if marker:
             self._reasoning.append(before)
             self._held, self._step = after, self._head
+            self.thought = True
             return True
         keep = 0 if finished else _partial(before, self._markers.close)
         self._reasoning.append(before[: len(before) - keep])

@@ -9,6 +9,7 @@ is prefilled again after a preemption gets its numbers from its own tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,8 @@ def load_token_texts(model: str | Path) -> TokenTexts:
         tokenizer = Tokenizer.from_file(str(path))
     else:
         try:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(str(model), use_fast=True).backend_tokenizer
+            loader = import_module("transformers").AutoTokenizer
+            tokenizer = loader.from_pretrained(str(model), use_fast=True).backend_tokenizer
         except Exception as error:
             raise UsageError(
                 f"{path} does not exist and cannot be made ({error}): download the checkpoint's "
