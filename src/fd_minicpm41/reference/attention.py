@@ -262,7 +262,7 @@ def _masked_attention(
     history_len: int,
     allowed: paddle.Tensor,
     block_size: int = 64,
-    chunk: int = 256,
+    chunk: int = 128,
 ) -> paddle.Tensor:
     """Attention where ``allowed[kv_head, token, block]``, in chunks of tokens to bound memory."""
     num_tokens, num_q_heads, head_dim = q.shape
@@ -277,9 +277,11 @@ def _masked_attention(
         rows = q[start : start + chunk].astype("float32")
         grouped = rows.reshape([rows.shape[0], num_kv_heads, -1, head_dim]).transpose([1, 2, 0, 3])
         positions = history_len + start + paddle.arange(rows.shape[0])
-        visible = key_positions[None, :] <= positions[:, None]
-        visible = visible & paddle.gather(allowed[:, start : start + chunk], key_blocks, axis=2)
-        logits = grouped @ keys * head_dim**-0.5
+        kv_len = history_len + start + rows.shape[0]  # no row of this chunk sees further
+        visible = key_positions[None, :kv_len] <= positions[:, None]
+        row_blocks = allowed[:, start : start + chunk]
+        visible = visible & paddle.gather(row_blocks, key_blocks[:kv_len], axis=2)
+        logits = grouped @ keys[..., :kv_len] * head_dim**-0.5
         logits = paddle.where(visible.unsqueeze(1), logits, paddle.full_like(logits, float("-inf")))
         peak = logits.max(axis=-1, keepdim=True)
         peak = paddle.where(paddle.isfinite(peak), peak, paddle.zeros_like(peak))
@@ -287,6 +289,7 @@ def _masked_attention(
         weights = paddle.exp(logits - peak) * visible.unsqueeze(1).astype("float32")
         total = weights.sum(axis=-1, keepdim=True)
         # A row without a key has weights of 0 only: its result is 0, not a division by 0.
-        out = weights @ values / paddle.where(total > 0, total, paddle.ones_like(total))
+        out = weights @ values[:, :, :kv_len]
+        out = out / paddle.where(total > 0, total, paddle.ones_like(total))
         outs.append(out.transpose([2, 0, 1, 3]).reshape([rows.shape[0], num_q_heads, head_dim]))
     return paddle.concat(outs).astype(q.dtype)
