@@ -136,6 +136,11 @@ class KVCache:
         self.blocks_attended = 0
         self.blocks_present = 0
 
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first ``length`` tokens; compressed keys of the rest are redone."""
+        assert 0 <= length <= self.length
+        self.length = length
+
     def count_blocks(self, topk_idx: paddle.Tensor, history_len: int, block_size: int) -> None:
         """Adds the rows of ``topk_idx``, the first of which stands at position ``history_len``."""
         num_kv_heads, num_tokens, _ = topk_idx.shape

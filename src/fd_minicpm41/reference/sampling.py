@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
 from numpy.typing import NDArray
 
+from fd_minicpm41.config import read_json
 from fd_minicpm41.errors import UsageError
 from fd_minicpm41.reference.model import ForCausalLM, KVCache
 
@@ -36,14 +39,47 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, ok, wanted in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more (0 is greedy)"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 or more (0 keeps all)"),
-            ("seed", self.seed is None or self.seed >= 0, "0 or more"),
-        ):
-            if not ok:
-                raise UsageError(f"{name} is {getattr(self, name)!r}, wanted {wanted}: correct it")
+        ranges: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+            ("temperature", lambda t: 0 <= t < math.inf, "0 or more (0 is greedy)"),
+            ("top_p", lambda p: 0 < p <= 1, "more than 0 and at most 1"),
+            ("top_k", lambda k: k >= 0, "0 or more (0 keeps all)"),
+            ("seed", lambda s: s >= 0, "0 or more"),
+        )
+        for name, is_good, wanted in ranges:
+            value = getattr(self, name)
+            if value is None and name == "seed":
+                continue
+            if not isinstance(value, (int, float)) or not is_good(value):
+                raise UsageError(f"{name} is {value!r}, wanted {wanted}: correct it")
+
+
+def default_sampling(folder: str | Path) -> SamplingParams:
+    """What the checkpoint's ``generation_config.json`` asks for; greedy if it asks for nothing.
+
+    Raises:
+        UsageError: a file that cannot be read, or values out of range.
+    """
+    folder = Path(folder)
+    if not (folder / "generation_config.json").exists():
+        return SamplingParams()
+    values = read_json(folder, "generation_config.json")
+    if not values.get("do_sample", False):
+        return SamplingParams()
+    return SamplingParams(
+        temperature=values.get("temperature", 1.0),
+        top_p=values.get("top_p", 1.0),
+        top_k=values.get("top_k", 0),
+    )
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts share from the start."""
+    shared = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        shared += 1
+    return shared
 
 
 def sample(logits: NDArray[np.float32], params: SamplingParams, rng: np.random.Generator) -> int:
