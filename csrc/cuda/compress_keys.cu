@@ -1,0 +1,158 @@
+// Means of the key windows that end inside [compress_from, kv_len), each written to the page that
+// holds its last token.
+//
+// One block a (request, kv head, page) that the step may have touched. Each of its 8 warps sums 16
+// keys: four of the page before and four of the page itself; every window is a run of such sums, so
+// a window's bits do not depend on how a prompt was cut.
+#include "paged_kv.cuh"
+
+namespace minicpm41 {
+namespace cuda {
+namespace {
+
+constexpr int kStripsPerPage = kBlockSize / kKernelStride;
+constexpr int kStrips = 2 * kStripsPerPage;
+constexpr int kCompressThreads = kStrips * kWarpSize;
+constexpr int kStripsPerWindow = kKernelSize / kKernelStride;
+// Pages of one request that run side by side when a whole prefix may be rebuilt.
+constexpr int kRebuildWidth = 16;
+
+static_assert(kCoarseKernelSize == 2 * kBlockSize, "a coarse window is a page and the one before");
+static_assert(kCoarseSlots == 1, "one coarse window ends in a page");
+
+template <typename T>
+__global__ void __launch_bounds__(kCompressThreads)
+    compress_keys_kernel(const CompressKeysParams params) {
+  __shared__ float strips[kStrips][kHeadDim];
+  const int request = blockIdx.z;
+  const int kv_head = blockIdx.y;
+  const int query_len = __ldg(params.batch.query_lens + request);
+  const int history_len = __ldg(params.batch.history_lens + request);
+  const int kv_len = history_len + query_len;
+  const int from =
+      params.compress_from == nullptr ? history_len : __ldg(params.compress_from + request);
+  // The next launch reads windows of earlier steps at once; one that rewrites them must end first.
+  if (from >= history_len || query_len == 0) allow_next_launch();
+  if (query_len == 0) return;
+
+  const int kv_heads = params.heads.num_kv_heads;
+  const int32_t* pages = params.batch.block_tables + int64_t{request} * params.batch.max_blocks;
+  const T* k_cache = static_cast<const T*>(params.k_cache);
+  const int warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  const int half = lane / 16;
+  const int chunk = lane % 16;
+
+  for (int block = from / kBlockSize + blockIdx.x; block * kBlockSize < kv_len;
+       block += gridDim.x) {
+    // Ends of this page's windows, one past the last key: fine ones after strips 0..3.
+    const int start = block * kBlockSize;
+    const auto ends_inside = [&](int end, int size) {
+      return end > from && end <= kv_len && end >= size;
+    };
+    const bool has_coarse = ends_inside(start + kBlockSize, kCoarseKernelSize);
+    bool has_any = has_coarse;
+    bool is_needed = has_coarse;
+    const int strip = warp - kStripsPerPage;  // of this page; negative: of the page before
+#pragma unroll
+    for (int slot = 0; slot < kFineSlots; ++slot) {
+      // The window of slot s is strips s - 1 and s; strip -1 is the last of the page before.
+      const bool has_fine = ends_inside(start + (slot + 1) * kKernelStride, kKernelSize);
+      has_any |= has_fine;
+      is_needed |= has_fine && (strip == slot || strip == slot - 1);
+    }
+    if (!has_any) continue;
+
+    if (is_needed) {
+      const int source_block = warp < kStripsPerPage ? block - 1 : block;
+      const int slot = (warp % kStripsPerPage) * kKernelStride + half * (kKernelStride / 2);
+      const T* keys =
+          slot_row<kBlockSize>(k_cache, __ldg(pages + source_block), kv_heads, kv_head, slot);
+      uint4 rows[kKernelStride / 2];
+#pragma unroll
+      for (int i = 0; i < kKernelStride / 2; ++i) {
+        rows[i] = *reinterpret_cast<const uint4*>(keys + i * kHeadDim + chunk * 8);
+      }
+      float sums[8] = {};
+#pragma unroll
+      for (int i = 0; i < kKernelStride / 2; ++i) {
+        const uint32_t* words = reinterpret_cast<const uint32_t*>(&rows[i]);
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          const float2 pair = Pair<T>::unpack(words[word]);
+          sums[2 * word] += pair.x;
+          sums[2 * word + 1] += pair.y;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        sums[i] += __shfl_xor_sync(kAllLanes, sums[i], 16);
+        if (half == 0) strips[warp][chunk * 8 + i] = sums[i];
+      }
+    }
+    __syncthreads();
+
+    const int page = __ldg(pages + block);
+    for (int item = threadIdx.x; item < (kFineSlots + 1) * kHeadDim / 2; item += kCompressThreads) {
+      const int slot = item / (kHeadDim / 2);
+      const int dim = item % (kHeadDim / 2) * 2;
+      const bool is_coarse = slot == kFineSlots;
+      if (is_coarse ? !has_coarse : !ends_inside(start + (slot + 1) * kKernelStride, kKernelSize)) {
+        continue;
+      }
+      const int last = is_coarse ? kStrips - 1 : kStripsPerPage + slot;
+      const int count = is_coarse ? kStrips : kStripsPerWindow;
+      float x = 0.0f;
+      float y = 0.0f;
+      for (int s = last - count + 1; s <= last; ++s) {
+        x += strips[s][dim];
+        y += strips[s][dim + 1];
+      }
+      const float scale = is_coarse ? 1.0f / kCoarseKernelSize : 1.0f / kKernelSize;
+      T* target = is_coarse
+                      ? const_cast<T*>(slot_row<kCoarseSlots>(
+                            static_cast<const T*>(params.k2_cache), page, kv_heads, kv_head, 0))
+                      : const_cast<T*>(slot_row<kFineSlots>(static_cast<const T*>(params.k1_cache),
+                                                            page, kv_heads, kv_head, slot));
+      *reinterpret_cast<uint32_t*>(target + dim) = Pair<T>::pack(x * scale, y * scale);
+    }
+    __syncthreads();
+  }
+  if (from < history_len) __threadfence();
+}
+
+template __global__ void compress_keys_kernel<__half>(const CompressKeysParams);
+template __global__ void compress_keys_kernel<__nv_bfloat16>(const CompressKeysParams);
+
+}  // namespace
+
+Status run_compress_keys(const CompressKeysParams& params, void* stream) {
+  const char* op = "compress_keys";
+  Status status = validate(params);
+  if (!status.ok()) return status;
+  Device device;
+  status = check_geometry(op, params.heads, &device, /*reads_queries=*/false);
+  if (!status.ok() || params.batch.batch_size == 0) return status;
+  Check check(op);
+  check.require(params.batch.batch_size <= 65535, "batch_size",
+                std::to_string(params.batch.batch_size), "at most 65535 on a GPU");
+  if (!check.ok()) return check.status();
+
+  // A step of one token a request touches one page of each.
+  const Batch& batch = params.batch;
+  int width = 1;
+  if (params.compress_from != nullptr) {
+    width = kRebuildWidth;
+  } else if (batch.num_tokens > batch.batch_size) {
+    width = std::min(kRebuildWidth, (batch.num_tokens + kBlockSize - 1) / kBlockSize + 1);
+  }
+  LaunchShape shape;
+  shape.grid = dim3(std::min(width, batch.max_blocks), params.heads.num_kv_heads, batch.batch_size);
+  shape.threads = kCompressThreads;
+  const auto kernel = params.heads.dtype == kFloat16 ? compress_keys_kernel<__half>
+                                                     : compress_keys_kernel<__nv_bfloat16>;
+  return launch_status(op, launch(kernel, shape, stream, params));
+}
+
+}  // namespace cuda
+}  // namespace minicpm41

@@ -1,0 +1,43 @@
+// Addresses in the paged caches, and where a query token stands. Pages are [num_kv_heads, slots,
+// head_dim] each; `slots` is kBlockSize for K and V, kFineSlots for K1, kCoarseSlots for K2.
+#pragma once
+
+#include "common.cuh"
+
+namespace minicpm41 {
+namespace cuda {
+
+struct QueryRow {
+  const int32_t* pages;  // block table of its request
+  int position;
+  int query_len;
+};
+
+// False for a padding row.
+__device__ __forceinline__ bool load_query_row(const Batch& batch, int token, QueryRow* row) {
+  const int request = __ldg(batch.batch_id_per_token + token);
+  if (request < 0) return false;
+  row->pages = batch.block_tables + int64_t{request} * batch.max_blocks;
+  row->query_len = __ldg(batch.query_lens + request);
+  row->position = __ldg(batch.history_lens + request) + token - __ldg(batch.cu_seqlens_q + request);
+  return true;
+}
+
+// First element of a slot.
+template <int kSlots, typename T>
+__device__ __forceinline__ const T* slot_row(const T* cache, int page, int num_kv_heads,
+                                             int kv_head, int slot) {
+  return cache + ((int64_t{page} * num_kv_heads + kv_head) * kSlots + slot) * kHeadDim;
+}
+
+// Brings a block table into L1 before its entries are needed one by one.
+__device__ __forceinline__ void touch_table(const int32_t* pages, int count) {
+  constexpr int kLineEntries = 128 / sizeof(int32_t);
+  for (int entry = threadIdx.x * kLineEntries; entry < count; entry += blockDim.x * kLineEntries) {
+    [[maybe_unused]] int32_t page;
+    asm volatile("ld.global.ca.s32 %0, [%1];" : "=r"(page) : "l"(pages + entry));
+  }
+}
+
+}  // namespace cuda
+}  // namespace minicpm41

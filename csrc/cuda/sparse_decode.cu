@@ -1,0 +1,632 @@
+// Attention of each row over its listed blocks, or over all of them below dense_len.
+//
+// The list of a (token, kv head) is cut into 16 lanes by its length alone; a lane is worked through
+// in chunks of up to 6 blocks, and chunks, lanes and groups of four lanes are merged in a fixed
+// order. Between 1 and 16 blocks share a list: how many depends on the launch, but since each takes
+// whole lanes and no merge changes its order, the bits of a row do not.
+//
+// A chunk goes through a ring of 16 KiB tiles, first its K pages, then its V pages. Each of 8 warps
+// scores 8 keys of every page, the warps agree on one maximum for the chunk, write the weights to
+// shared memory, and each multiplies them with 16 dimensions of V.
+#include "paged_kv.cuh"
+
+namespace minicpm41 {
+namespace cuda {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kLanes = 16;
+constexpr int kGroupLanes = 4;
+constexpr int kChunkBlocks = 6;
+constexpr int kTileBytes = kBlockSize * kRowBytes;
+constexpr int kWarpKeys = kBlockSize / kWarps;
+constexpr int kWarpDims = kHeadDim / kWarps;
+// Padded by one ldmatrix row, so that eight rows fall into different banks.
+constexpr int kWeightStride = kChunkBlocks * kBlockSize + kChunkBytes / 2;
+constexpr int kQStride = kRowBytes + kChunkBytes;
+constexpr int kWeightBytes = kGroupSize * kWeightStride * 2;
+constexpr int kPartFloats = kGroupSize * kHeadDim + 2 * kGroupSize;  // output, maximum and sum
+static_assert(kWarpKeys == 8 && kWarpDims == 16, "one n-tile of keys, two of dimensions a warp");
+
+// Partial result of two heads (lane / 4 and + 8) and four dimensions of each: 8 n + 2 (lane % 4).
+struct Partial {
+  float peak[2];  // of softmax_scale * log2(e) * q.k
+  float sum[2];
+  float out[2][4];
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      peak[r] = -INFINITY;
+      sum[r] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[r][i] = 0.0f;
+    }
+  }
+};
+
+// The one way two partial results become one; explicit roundings, so that it gives the same bits
+// wherever it is inlined. Merging into an empty one copies.
+struct Weights {
+  float peak, mine, other;
+};
+__device__ __forceinline__ Weights merge_weights(float peak, float other_peak) {
+  const float larger = fmaxf(peak, other_peak);
+  const float base = larger == -INFINITY ? 0.0f : larger;
+  return {larger, exp2_approx(__fsub_rn(peak, base)), exp2_approx(__fsub_rn(other_peak, base))};
+}
+__device__ __forceinline__ float merged(const Weights& w, float mine, float other) {
+  return __fmaf_rn(mine, w.mine, __fmul_rn(other, w.other));
+}
+__device__ __forceinline__ void merge(Partial& into, const Partial& from) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const Weights w = merge_weights(into.peak[r], from.peak[r]);
+    into.peak[r] = w.peak;
+    into.sum[r] = merged(w, into.sum[r], from.sum[r]);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      into.out[n][2 * r] = merged(w, into.out[n][2 * r], from.out[n][2 * r]);
+      into.out[n][2 * r + 1] = merged(w, into.out[n][2 * r + 1], from.out[n][2 * r + 1]);
+    }
+  }
+}
+__device__ __forceinline__ float inverse(float sum) { return sum > 0.0f ? __frcp_rn(sum) : 0.0f; }
+__device__ __forceinline__ float natural_lse(float peak, float sum) {
+  return sum > 0.0f ? (peak + log2f(sum)) * kLn2 : -INFINITY;
+}
+
+// A thread's partial result in shared memory, for the one that is seldom needed: registers are
+// short.
+constexpr int kPartialFloats = sizeof(Partial) / sizeof(float);
+constexpr int kSavedBytes = sizeof(Partial) * kThreads;
+__device__ __forceinline__ void save(float* saved, const Partial& part) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    saved[(2 * r) * kThreads] = part.peak[r];
+    saved[(2 * r + 1) * kThreads] = part.sum[r];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) saved[(4 + 4 * r + i) * kThreads] = part.out[r][i];
+  }
+}
+__device__ __forceinline__ Partial restore(const float* saved) {
+  Partial part;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    part.peak[r] = saved[(2 * r) * kThreads];
+    part.sum[r] = saved[(2 * r + 1) * kThreads];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) part.out[r][i] = saved[(4 + 4 * r + i) * kThreads];
+  }
+  return part;
+}
+static_assert(kPartialFloats == 12, "save and restore name every float");
+
+// Blocks of a list up to lane `lane`.
+__device__ __forceinline__ int lane_begin(int num_blocks, int lane) {
+  return static_cast<int>(int64_t{num_blocks} * lane / kLanes);
+}
+
+// Walks the tiles of lanes [lane, last_lane): for each chunk its K pages, then its V pages.
+struct TileCursor {
+  int num_blocks, lane, last_lane;
+  int begin, end;  // of the chunk, indices into the list
+  int at;
+  bool is_v;
+
+  __device__ __forceinline__ TileCursor(int blocks, int first, int last)
+      : num_blocks(blocks), lane(first), last_lane(last), end(lane_begin(blocks, first)) {
+    next_chunk();
+  }
+  __device__ __forceinline__ bool done() const { return lane == last_lane; }
+  __device__ __forceinline__ void next_chunk() {
+    begin = end;
+    while (lane < last_lane && begin == lane_begin(num_blocks, lane + 1)) ++lane;
+    if (!done()) end = min(begin + kChunkBlocks, lane_begin(num_blocks, lane + 1));
+    at = begin;
+    is_v = false;
+  }
+  __device__ __forceinline__ void next_tile() {
+    if (++at < end) return;
+    if (is_v) {
+      next_chunk();
+    } else {
+      at = begin;
+      is_v = true;
+    }
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ void store_pair(T* target, float x, float y) {
+  *reinterpret_cast<uint32_t*>(target) = Pair<T>::pack(x, y);
+}
+
+// One output value from the partial results of all lanes (kParts = 16) or groups (kParts = 4).
+// `part(i)` is the address of partial result i.
+template <int kParts, typename T, typename PartAt>
+__device__ __forceinline__ void combine(const SparseAttentionParams& params, int token, int kv_head,
+                                        int element, PartAt part) {
+  const int head = element / kHeadDim;
+  float peaks[kParts], sums[kParts], outs[kParts];
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) {
+    const float* source = part(i);
+    outs[i] = source[element];
+    peaks[i] = source[kGroupSize * kHeadDim + head];
+    sums[i] = source[kGroupSize * kHeadDim + kGroupSize + head];
+  }
+  constexpr int kInner = kParts == kLanes ? kGroupLanes : 1;
+  float peak = -INFINITY, sum = 0.0f, out = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kParts; i += kInner) {
+    float group_peak = -INFINITY, group_sum = 0.0f, group_out = 0.0f;
+#pragma unroll
+    for (int j = i; j < i + kInner; ++j) {
+      const Weights w = merge_weights(group_peak, peaks[j]);
+      group_peak = w.peak;
+      group_sum = merged(w, group_sum, sums[j]);
+      group_out = merged(w, group_out, outs[j]);
+    }
+    const Weights w = merge_weights(peak, group_peak);
+    peak = w.peak;
+    sum = merged(w, sum, group_sum);
+    out = merged(w, out, group_out);
+  }
+  const int q_head = kv_head * kGroupSize + head;
+  T* target = static_cast<T*>(params.out) + token * params.out_stride + q_head * kHeadDim;
+  const float value = __fmul_rn(out, inverse(sum));
+  const float next = __shfl_down_sync(kAllLanes, value, 1);
+  if (element % 2 == 0) store_pair(target + element % kHeadDim, value, next);
+  if (params.lse != nullptr && element % kHeadDim == 0) {
+    params.lse[int64_t{token} * params.heads.num_q_heads + q_head] = natural_lse(peak, sum);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void write_padding(const SparseAttentionParams& params, int token,
+                                              int kv_head) {
+  for (int i = threadIdx.x; i < kGroupSize * kHeadDim / 2; i += blockDim.x) {
+    store_pair(static_cast<T*>(params.out) + token * params.out_stride +
+                   kv_head * kGroupSize * kHeadDim + 2 * i,
+               0.0f, 0.0f);
+  }
+  if (params.lse != nullptr && threadIdx.x < kGroupSize) {
+    params.lse[int64_t{token} * params.heads.num_q_heads + kv_head * kGroupSize + threadIdx.x] =
+        -INFINITY;
+  }
+}
+
+int shared_bytes(int stages, int budget) {
+  return stages * kTileBytes + kWeightBytes + kSavedBytes +
+         2 * budget * static_cast<int>(sizeof(int32_t));
+}
+
+// Partial results a block leaves for others to merge: its lanes, or its groups of lanes.
+__host__ __device__ constexpr int parts_per_block(int splits) {
+  return splits == 8 || splits == 2 ? 2 : 1;
+}
+
+template <typename T, int kStages>
+__global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
+    sparse_decode_kernel(const __grid_constant__ SparseAttentionParams params, const int splits) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ __align__(128) unsigned char q_tile[kGroupSize * kQStride];
+  __shared__ float warp_peaks[kWarps][kGroupSize];
+  __shared__ float warp_sums[kWarps][kGroupSize];
+  unsigned char* ring = shared;
+  T* weights = reinterpret_cast<T*>(shared + kStages * kTileBytes);
+  // Groups merged so far, by a block that takes several.
+  float* total =
+      reinterpret_cast<float*>(shared + kStages * kTileBytes + kWeightBytes) + threadIdx.x;
+  int32_t* ids =
+      reinterpret_cast<int32_t*>(shared + kStages * kTileBytes + kWeightBytes + kSavedBytes);
+  int32_t* id_pages = ids + params.budget;
+
+  const int rank = blockIdx.x % splits;
+  const int token = blockIdx.x / splits;
+  const int kv_head = blockIdx.y;
+  const int thread = threadIdx.x;
+  const int warp = thread / kWarpSize;
+  const int lane = thread % kWarpSize;
+  const int head = lane / 4;        // and + 8
+  const int column = lane % 4 * 2;  // and + 1
+
+  QueryRow row;
+  if (!load_query_row(params.batch, token, &row)) {
+    if (rank == 0) write_padding<T>(params, token, kv_head);
+    wait_for_previous_launch();
+    return;
+  }
+  const int own = row.position / kBlockSize;
+  touch_table(row.pages, own + 1);
+  // The heads of the group in shared memory: in registers they would leave no room for the
+  // partials.
+  static_assert(kGroupSize * kRowChunks == kThreads, "a thread copies one chunk of q");
+  *reinterpret_cast<uint4*>(q_tile + thread / kRowChunks * kQStride +
+                            thread % kRowChunks * kChunkBytes) =
+      *reinterpret_cast<const uint4*>(static_cast<const T*>(params.q) + token * params.q_stride +
+                                      kv_head * kGroupSize * kHeadDim + thread * 8);
+
+  const bool is_dense = row.position + 1 < params.dense_len;
+  int num_blocks = own + 1;
+  if (!is_dense) {
+    wait_for_previous_launch();
+    const int32_t* list =
+        params.topk_idx + (int64_t{kv_head} * params.batch.num_tokens + token) * params.budget;
+    num_blocks = 0;
+    for (int base = 0; base < params.budget; base += kThreads) {
+      const int i = base + thread;
+      const int id = i < params.budget ? __ldcg(list + i) : -1;
+      if (id >= 0) {
+        ids[i] = id;
+        id_pages[i] = row.pages[id];
+      }
+      num_blocks += __syncthreads_count(id >= 0);
+    }
+  }
+
+  const int first_lane = kLanes / splits * rank;
+  const int last_lane = kLanes / splits * (rank + 1);
+  const int kv_heads = params.heads.num_kv_heads;
+  const T* k_cache = static_cast<const T*>(params.k_cache);
+  const T* v_cache = static_cast<const T*>(params.v_cache);
+  const uint32_t ring_address = shared_address(ring);
+  const uint32_t q_address =
+      shared_address(q_tile) + lane % 16 * kQStride + lane / 16 * kChunkBytes;
+  const uint32_t weights_address = shared_address(weights);
+  // swizzled() of the first chunks of this lane's key; chunks 4..7 differ in one bit.
+  const uint32_t key_offset = swizzled(warp * kWarpKeys + lane % 8, lane / 8);
+  const int last_key = row.position % kBlockSize;  // in the block `own`
+
+  // Every warp copies the 8 keys of a K page that it scores itself, and as many rows of a V page.
+  TileCursor loading(num_blocks, first_lane, last_lane);
+  int load_stage = 0;
+  const auto load_tile = [&]() {
+    if (!loading.done()) {
+      const int at = loading.at;
+      const int id = is_dense ? at : ids[at];
+      const int page = is_dense ? row.pages[at] : id_pages[at];
+      const T* tile =
+          slot_row<kBlockSize>(loading.is_v ? v_cache : k_cache, page, kv_heads, kv_head, 0);
+      const uint32_t stage = ring_address + load_stage * kTileBytes;
+      const int chunk = lane % kRowChunks;
+#pragma unroll
+      for (int i = 0; i < kWarpKeys / 2; ++i) {
+        const int key = warp * kWarpKeys + lane / kRowChunks + 2 * i;
+        copy_chunk(stage + swizzled(key, chunk), tile + key * kHeadDim + chunk * 8,
+                   id < own || key <= last_key);
+      }
+      loading.next_tile();
+    }
+    load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
+    commit_copies();
+  };
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) load_tile();
+
+  const float scale_log2 = params.softmax_scale * kLog2e;
+  Partial lane_part, group;
+  group.clear();
+  if (splits <= 2) save(total, group);
+  lane_part.clear();
+  int read_stage = 0;
+  int end = lane_begin(num_blocks, first_lane);
+  for (int list_lane = first_lane; list_lane < last_lane; ++list_lane) {
+    lane_part.clear();
+    const int lane_end = lane_begin(num_blocks, list_lane + 1);
+    while (end < lane_end) {
+      const int begin = end;
+      end = min(begin + kChunkBlocks, lane_end);
+      const int count = end - begin;
+      __syncthreads();  // the chunk before has read its weights and its last V page
+
+      float scores[kChunkBlocks][4];
+      float peak[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+      for (int i = 0; i < kChunkBlocks; ++i) {
+        if (i < count) {
+          wait_copies<kStages - 2>();
+          __syncwarp();
+          load_tile();
+          const uint32_t stage = ring_address + read_stage * kTileBytes;
+          read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
+          float odd[4] = {};
+#pragma unroll
+          for (int c = 0; c < 4; ++c) scores[i][c] = 0.0f;
+#pragma unroll
+          for (int step = 0; step < kKSteps; step += 2) {
+            uint32_t keys[4];
+            uint32_t q[4];
+            ldmatrix_x4(keys, stage +
+                                  (step % 4 == 0 ? key_offset : key_offset ^ (4 * kChunkBytes)) +
+                                  step / 4 * 8 * kChunkBytes);
+            ldmatrix_x4(q, q_address + step * 2 * kChunkBytes);
+            mma_16x8x16<T>(scores[i], q, keys[0], keys[1]);
+            ldmatrix_x4(q, q_address + (step + 1) * 2 * kChunkBytes);
+            mma_16x8x16<T>(odd, q, keys[2], keys[3]);
+          }
+          const int id = is_dense ? begin + i : ids[begin + i];
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            const int key = warp * kWarpKeys + column + c % 2;
+            scores[i][c] = id < own || key <= last_key ? scores[i][c] + odd[c] : -INFINITY;
+            peak[c / 2] = fmaxf(peak[c / 2], scores[i][c]);
+          }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        peak[r] = fmaxf(peak[r], __shfl_xor_sync(kAllLanes, peak[r], 1));
+        peak[r] = fmaxf(peak[r], __shfl_xor_sync(kAllLanes, peak[r], 2));
+        if (lane % 4 == 0) warp_peaks[warp][head + 8 * r] = peak[r];
+      }
+      __syncthreads();
+
+      Partial chunk;
+      float sum[2] = {};
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) peak[r] = fmaxf(peak[r], warp_peaks[w][head + 8 * r]);
+        chunk.peak[r] = peak[r] * scale_log2;
+        const float base = peak[r] == -INFINITY ? 0.0f : chunk.peak[r];
+#pragma unroll
+        for (int i = 0; i < kChunkBlocks; ++i) {
+          if (i < count) {
+            const float x = exp2_approx(__fmaf_rn(scores[i][2 * r], scale_log2, -base));
+            const float y = exp2_approx(__fmaf_rn(scores[i][2 * r + 1], scale_log2, -base));
+            sum[r] += x + y;
+            store_pair(weights + (head + 8 * r) * kWeightStride + i * kBlockSize +
+                           warp * kWarpKeys + column,
+                       x, y);
+          }
+        }
+        sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 1);
+        sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 2);
+        if (lane % 4 == 0) warp_sums[warp][head + 8 * r] = sum[r];
+      }
+
+      float odd[2][4] = {};
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) chunk.out[n][c] = 0.0f;
+      }
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        wait_copies<kStages - 2>();
+        __syncthreads();  // all rows of this V page have landed, the page before is read
+        load_tile();
+        const uint32_t stage = ring_address + read_stage * kTileBytes;
+        read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
+#pragma unroll
+        for (int step = 0; step < kBlockSize / 16; ++step) {
+          uint32_t w[4];
+          ldmatrix_x4(w, weights_address + ((lane % 16) * kWeightStride + i * kBlockSize +
+                                            step * 16 + lane / 16 * 8) *
+                                               2);
+          uint32_t values[4];
+          ldmatrix_x4_trans(values, stage + swizzled(step * 16 + lane % 16, warp * 2 + lane / 16));
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            mma_16x8x16<T>(step % 2 ? odd[n] : chunk.out[n], w, values[2 * n], values[2 * n + 1]);
+          }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) chunk.out[n][c] += odd[n][c];
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        chunk.sum[r] = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) chunk.sum[r] += warp_sums[w][head + 8 * r];
+      }
+      merge(lane_part, chunk);
+    }
+    // What is merged here and what is left to `combine` follows from `splits`; see parts_per_block.
+    if (splits <= 4) {
+      merge(group, lane_part);
+      if (list_lane % kGroupLanes == kGroupLanes - 1 && list_lane + 1 < last_lane) {
+        Partial sum = restore(total);
+        merge(sum, group);
+        save(total, sum);
+        group.clear();
+      }
+    } else if (list_lane + 1 < last_lane) {
+      group = lane_part;
+    }
+  }
+
+  if (splits == 1) {
+    Partial sum = restore(total);
+    merge(sum, group);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int q_head = kv_head * kGroupSize + head + 8 * r;
+      T* target = static_cast<T*>(params.out) + token * params.out_stride + q_head * kHeadDim +
+                  warp * kWarpDims + column;
+      const float scale = inverse(sum.sum[r]);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        store_pair(target + n * 8, __fmul_rn(sum.out[n][2 * r], scale),
+                   __fmul_rn(sum.out[n][2 * r + 1], scale));
+      }
+      if (params.lse != nullptr && warp == 0 && lane % 4 == 0) {
+        params.lse[int64_t{token} * params.heads.num_q_heads + q_head] =
+            natural_lse(sum.peak[r], sum.sum[r]);
+      }
+    }
+    wait_for_previous_launch();
+    return;
+  }
+
+  const int clusters = cluster_size();
+  const int parts = parts_per_block(splits);
+  const int row_index = token * kv_heads + kv_head;
+  // In the ring, which nothing reads any more, or, without clusters, in the workspace.
+  float* own_parts = clusters > 1 ? reinterpret_cast<float*>(ring)
+                                  : static_cast<float*>(params.workspace) +
+                                        (int64_t{row_index} * splits + rank) * parts * kPartFloats;
+  __syncthreads();
+  const auto publish = [&](const Partial& part, float* target) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        *reinterpret_cast<float2*>(target + (head + 8 * r) * kHeadDim + warp * kWarpDims + n * 8 +
+                                   column) =
+            make_float2(part.out[n][2 * r], part.out[n][2 * r + 1]);
+      }
+      if (warp == 0 && lane % 4 == 0) {
+        target[kGroupSize * kHeadDim + head + 8 * r] = part.peak[r];
+        target[kGroupSize * kHeadDim + kGroupSize + head + 8 * r] = part.sum[r];
+      }
+    }
+  };
+  switch (splits) {
+    case 16:
+      publish(lane_part, own_parts);
+      break;
+    case 8:
+      publish(group, own_parts);
+      publish(lane_part, own_parts + kPartFloats);
+      break;
+    case 4:
+      publish(group, own_parts);
+      break;
+    default:
+      publish(restore(total), own_parts);
+      publish(group, own_parts + kPartFloats);
+  }
+
+  if (clusters > 1) {
+    cluster_arrive();
+    cluster_wait();
+    const auto part = [&](int i) {
+      return in_block(own_parts, i / parts) + i % parts * kPartFloats;
+    };
+    const int elements = kGroupSize * kHeadDim / splits;
+    for (int i = thread; i < elements; i += kThreads) {
+      if (splits > 4) {
+        combine<kLanes, T>(params, token, kv_head, rank * elements + i, part);
+      } else {
+        combine<kGroupLanes, T>(params, token, kv_head, rank * elements + i, part);
+      }
+    }
+    cluster_arrive();  // no block may end while others read its memory
+    cluster_wait();
+  }
+  wait_for_previous_launch();
+}
+
+// Without clusters: merges the partial results that sparse_decode_kernel left in the workspace.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(const __grid_constant__ SparseAttentionParams params, const int splits) {
+  const int token = blockIdx.x;
+  const int kv_head = blockIdx.y;
+  if (__ldg(params.batch.batch_id_per_token + token) < 0) return;
+  const int row_index = token * params.heads.num_kv_heads + kv_head;
+  const int parts = parts_per_block(splits);
+  const float* first = static_cast<const float*>(params.workspace) +
+                       int64_t{row_index} * splits * parts * kPartFloats;
+  const auto part = [&](int i) { return first + i * kPartFloats; };
+  for (int i = threadIdx.x; i < kGroupSize * kHeadDim; i += kThreads) {
+    if (splits > 4) {
+      combine<kLanes, T>(params, token, kv_head, i, part);
+    } else {
+      combine<kGroupLanes, T>(params, token, kv_head, i, part);
+    }
+  }
+}
+
+using DecodeKernel = void (*)(SparseAttentionParams, int);
+
+template <typename T>
+DecodeKernel kernel_with(int stages) {
+  if (stages == 12) return sparse_decode_kernel<T, 12>;
+  if (stages == 5) return sparse_decode_kernel<T, 5>;
+  return sparse_decode_kernel<T, 3>;
+}
+
+// Blocks that share a list: enough to fill the device when there are few rows, and more when a
+// dense row may be much longer than the budget. Shapes alone decide.
+int splits_for(const SparseAttentionParams& params) {
+  constexpr int kBlocksWanted = 264;
+  const int64_t rows = int64_t{params.batch.num_tokens} * params.heads.num_kv_heads;
+  const int dense_blocks =
+      std::min(params.batch.max_blocks, std::max(params.dense_len, 0) / kBlockSize + 1);
+  const int64_t wanted = kBlocksWanted * (dense_blocks > 2 * params.budget ? 4 : 1);
+  int splits = 1;
+  while (splits < kLanes && 2 * splits * rows <= wanted) splits *= 2;
+  return splits;
+}
+
+}  // namespace
+
+int64_t sparse_attention_workspace(const SparseAttentionParams& params) {
+  Device device;
+  if (!current_device("sparse_attention", &device).ok() || device.has_clusters()) return 0;
+  const int splits = splits_for(params);
+  if (splits == 1) return 0;
+  return int64_t{params.batch.num_tokens} * params.heads.num_kv_heads * splits *
+         parts_per_block(splits) * kPartFloats * static_cast<int64_t>(sizeof(float));
+}
+
+Status run_sparse_attention(const SparseAttentionParams& params, void* stream) {
+  const char* op = "sparse_attention";
+  Status status = validate(params);
+  if (!status.ok()) return status;
+  Device device;
+  status = check_geometry(op, params.heads, &device);
+  if (!status.ok() || params.batch.num_tokens == 0) return status;
+  status = check_workspace(op, params.workspace, params.workspace_bytes,
+                           sparse_attention_workspace(params));
+  if (!status.ok()) return status;
+
+  constexpr int kStaticBytes = 6 * 1024;
+  constexpr int kMultiprocessors = 132;
+  const int splits = splits_for(params);
+  const int64_t blocks = int64_t{params.batch.num_tokens} * params.heads.num_kv_heads * splits;
+  int stages = 3;
+  for (const int deeper : {5, 12}) {
+    const bool fits = shared_bytes(deeper, params.budget) + kStaticBytes <= device.shared_bytes;
+    if (fits && (deeper == 5 || blocks <= kMultiprocessors)) stages = deeper;
+  }
+  Check check(op);
+  check.require(shared_bytes(stages, params.budget) + kStaticBytes <= device.shared_bytes, "budget",
+                std::to_string(params.budget),
+                "less: a list that long does not fit into the shared memory of this GPU");
+  if (!check.ok()) return check.status();
+
+  LaunchShape shape;
+  shape.threads = kThreads;
+  shape.shared_bytes = shared_bytes(stages, params.budget);
+  shape.overlap = params.overlap != 0 && device.has_clusters();
+  const dim3 rows(params.batch.num_tokens, params.heads.num_kv_heads);
+  const bool is_half = params.heads.dtype == kFloat16;
+  const DecodeKernel kernel =
+      is_half ? kernel_with<__half>(stages) : kernel_with<__nv_bfloat16>(stages);
+  cudaError_t error = fit_cluster(kernel, &shape, device.has_clusters() ? splits : 1, rows);
+  if (error != cudaSuccess) return launch_status(op, error);
+  if (device.has_clusters()) {
+    // A part of a GPU may hold smaller clusters only; the bits of a row do not depend on it.
+    return launch_status(op, launch(kernel, shape, stream, params, shape.cluster));
+  }
+  shape.grid = dim3(rows.x * splits, rows.y);
+  error = launch(kernel, shape, stream, params, splits);
+  if (error == cudaSuccess && splits > 1) {
+    shape.grid = rows;
+    shape.shared_bytes = 0;
+    const DecodeKernel merge = is_half ? combine_kernel<__half> : combine_kernel<__nv_bfloat16>;
+    error = launch(merge, shape, stream, params, splits);
+  }
+  return launch_status(op, error);
+}
+
+}  // namespace cuda
+}  // namespace minicpm41

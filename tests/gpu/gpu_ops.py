@@ -1,0 +1,168 @@
+"""The CUDA ops on the steps of ``cases``: tensors of PyTorch, calls through the C interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import oracle
+import torch
+from numpy.typing import NDArray
+
+import capi
+from accuracy import assert_selection, assert_within_budget, same_dtype_attention
+from cases import DTYPES, Step, load_windows
+
+TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+NOT_WRITTEN = -7
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The fields of a ``SparseConfig`` that the ops read; the published ones by default."""
+
+    init_blocks: int = 1
+    local_blocks: int = 32
+    budget: int = 96
+    dense_len: int = 8192
+
+
+# Budget 6: sparsity starts at 385 tokens of context, and a row chooses 3 blocks of those it may.
+SMALL = Sizes(1, 1, 6, -1)
+
+
+def upload(array: NDArray) -> torch.Tensor:
+    if array.dtype in (DTYPES["bfloat16"], DTYPES["float16"]):
+        name = array.dtype.name
+        return torch.from_numpy(array.view(np.int16).copy()).cuda().view(TORCH_DTYPES[name])
+    return torch.from_numpy(array.copy()).cuda()
+
+
+def download(tensor: torch.Tensor) -> NDArray:
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        name = str(tensor.dtype).removeprefix("torch.")
+        return tensor.view(torch.int16).cpu().numpy().view(DTYPES[name])
+    return tensor.cpu().numpy()
+
+
+_ARRAYS = (
+    *("batch_id_per_token", "cu_seqlens_q", "query_lens", "history_lens", "block_tables"),
+    *("q", "k_cache", "v_cache", "k1_cache", "k2_cache"),
+)
+
+
+def on_gpu(step: Step) -> Step:
+    """The step with its op arguments on the GPU; ``keys`` and ``values`` stay in NumPy."""
+    return replace(step, **{name: upload(getattr(step, name)) for name in _ARRAYS})
+
+
+def from_gpu(step: Step) -> Step:
+    return replace(step, **{name: download(getattr(step, name)) for name in _ARRAYS})
+
+
+def stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+def compress(step: Step, compress_from: list[int] | None = None) -> None:
+    start = None
+    if compress_from is not None:
+        start = torch.tensor(compress_from, dtype=torch.int32, device="cuda")
+    capi.run_cuda(capi.compress_keys_params(step, start), stream())
+    torch.cuda.synchronize()
+
+
+class Launches:
+    """Buffers and params of one step, allocated once, so that it can be captured in a graph."""
+
+    def __init__(self, step: Step, sizes: Sizes, overlap: int = 0) -> None:
+        g = step.geometry
+        shape = (g.num_kv_heads, step.num_tokens, sizes.budget)
+        self.topk_idx = torch.full(shape, NOT_WRITTEN, dtype=torch.int32, device="cuda")
+        self.out = torch.full_like(step.q, float("nan"))
+        self.lse = torch.full(step.q.shape[:2], float("nan"), device="cuda")
+        self._step = step  # its tensors must outlive the params
+        self.compress = capi.compress_keys_params(step)
+        self.select = capi.select_blocks_params(step, sizes, self.topk_idx, overlap)
+        self.attend = capi.sparse_attention_params(
+            step, self.topk_idx, self.out, sizes.dense_len, self.lse, overlap
+        )
+        self._workspaces = []
+        for params in (self.select, self.attend):
+            size = capi.workspace_cuda(params)
+            # Garbage on purpose: no op may count on what its workspace holds.
+            workspace = torch.full((max(1, size),), 0xA5, dtype=torch.uint8, device="cuda")
+            params.workspace, params.workspace_bytes = workspace.data_ptr(), size
+            self._workspaces.append(workspace)
+
+    def poison(self) -> None:
+        self.topk_idx.fill_(NOT_WRITTEN)
+        self.out.fill_(float("nan"))
+        self.lse.fill_(float("nan"))
+
+    def run(self) -> None:
+        """The whole step: finish the compressed keys, select, attend."""
+        for params in (self.compress, self.select, self.attend):
+            capi.run_cuda(params, stream())
+
+    def result(self) -> tuple[NDArray[np.int32], NDArray, NDArray[np.float32]]:
+        torch.cuda.synchronize()
+        return download(self.topk_idx), download(self.out), download(self.lse)
+
+
+def run_step(
+    step: Step, sizes: Sizes, overlap: int = 0
+) -> tuple[NDArray[np.int32], NDArray, NDArray[np.float32]]:
+    """topk_idx, out and lse of a step on the GPU."""
+    launches = Launches(step, sizes, overlap)
+    launches.run()
+    return launches.result()
+
+
+def assert_step(
+    host: Step, gpu: Step, sizes: Sizes, result: tuple[NDArray, NDArray, NDArray], rows: int = 8
+) -> None:
+    """Holds a result to the oracle: lists by the stored windows' scores, outputs over the lists.
+
+    Of each request at most ``rows`` rows, the first and the last among them.
+    """
+    topk_idx, out, lse = result
+    stored = from_gpu(gpu)
+    padding = host.is_padding()
+    assert (topk_idx[:, padding] == NOT_WRITTEN).all(), "a padding row's list was written"
+    assert (out[padding].astype(np.float32) == 0).all(), "a padding row's output is not 0"
+    g = host.geometry
+    for number, request in enumerate(host.requests):
+        if request.query_len == 0:
+            continue
+        k1, k2 = load_windows(stored, number)
+        first = int(host.cu_seqlens_q[number])
+        picks = np.unique(np.linspace(0, request.query_len - 1, rows).astype(int))
+        for pick in picks:
+            row, position = first + pick, request.history_len + pick
+            for head in range(g.num_kv_heads):
+                heads = slice(head * g.group_size, (head + 1) * g.group_size)
+                q = host.q[row, heads]
+                scores = oracle.block_scores(q, k1[:, head], k2[:, head], position)
+                forced = oracle.forced_blocks(position, sizes.init_blocks, sizes.local_blocks + 1)
+                assert_selection(
+                    topk_idx[head : head + 1, row : row + 1],
+                    scores[None, None],
+                    forced[None],
+                    np.array([position]),
+                    sizes.budget,
+                    sizes.dense_len,
+                )
+                is_dense = position + 1 < sizes.dense_len
+                blocks = np.arange(position // 64 + 1) if is_dense else topk_idx[head, row]
+                tokens = oracle.listed_tokens(blocks, position)
+                keys = host.keys[number][tokens, head]
+                values = host.values[number][tokens, head]
+                truth, true_lse = oracle.attention(q, keys, values)
+                everything = np.ones((1, 1, len(tokens)), bool)
+                framework = same_dtype_attention(
+                    q[None], keys[:, None], values[:, None], everything
+                )
+                what = f"request {number}, position {position}, kv head {head}"
+                assert_within_budget(out[row, heads], truth, framework[0], g.dtype, what)
+                np.testing.assert_allclose(lse[row, heads], true_lse, atol=1e-3, err_msg=what)
