@@ -265,3 +265,25 @@ def sparse_attention_params(
         dense_len=dense_len,
         overlap=overlap,
     )
+
+
+def rope_and_write_kv_params(
+    step: object, q: object, k: object, v: object, cos: object, sin: object
+) -> RopeAndWriteKvParams:
+    """Over contiguous q, k and v; for parts of a fused tensor set addresses and strides after."""
+    g = step.geometry
+    return RopeAndWriteKvParams(
+        batch=batch_of(step),
+        heads=heads_of(step),
+        q=address(q),
+        k=address(k),
+        v=address(v),
+        cos=address(cos),
+        sin=address(sin),
+        k_cache=address(step.k_cache),
+        v_cache=address(step.v_cache),
+        q_stride=g.num_q_heads * g.head_dim,
+        k_stride=g.num_kv_heads * g.head_dim,
+        v_stride=g.num_kv_heads * g.head_dim,
+        max_position=cos.shape[0],
+    )

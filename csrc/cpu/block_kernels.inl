@@ -96,14 +96,8 @@ void accumulate_columns(const float* values, int num_keys, int head_dim,
                         const float* const* weights, float* const* out) {
   constexpr int kRows = kSums / (kColumns * kVectors);
   for (int d = 0; d < head_dim; d += kRows) {
-    Floats sums[kRows][kColumns * kVectors];
-#pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kColumns * kVectors; ++v) {
-        sums[row][v] = load(out[v / kVectors] + (d + row) * kLanes + v % kVectors * kVector);
-      }
-    }
+    // From 0, and added to out as a whole: rounding grows with a block, not with the context.
+    Floats sums[kRows][kColumns * kVectors] = {};
     for (int key = 0; key < num_keys; ++key) {
       const float* numbers = values + int64_t{key} * head_dim + d;
       Floats lanes[kColumns * kVectors];
@@ -122,7 +116,8 @@ void accumulate_columns(const float* values, int num_keys, int head_dim,
     for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 16
       for (int v = 0; v < kColumns * kVectors; ++v) {
-        store(out[v / kVectors] + (d + row) * kLanes + v % kVectors * kVector, sums[row][v]);
+        float* to = out[v / kVectors] + (d + row) * kLanes + v % kVectors * kVector;
+        store(to, load(to) + sums[row][v]);
       }
     }
   }
@@ -156,14 +151,14 @@ void softmax(float* scores, int num_keys, float* row_max, float* row_sum, float*
     Floats max = before;
     for (int key = 0; key < num_keys; ++key) max = larger(load(scores + key * kLanes + v), max);
     const Floats decay = exp_nonpositive(before - max);
-    Floats sum = load(row_sum + v) * decay;
+    Floats sum = {};
     for (int key = 0; key < num_keys; ++key) {
       const Floats weight = exp_nonpositive(load(scores + key * kLanes + v) - max);
       store(scores + key * kLanes + v, weight);
       sum += weight;
     }
     store(row_max + v, max);
-    store(row_sum + v, sum);
+    store(row_sum + v, load(row_sum + v) * decay + sum);
     for (int d = 0; d < head_dim; ++d) {
       store(out + d * kLanes + v, load(out + d * kLanes + v) * decay);
     }
