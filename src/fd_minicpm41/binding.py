@@ -69,12 +69,32 @@ def file_name(sources: Path, paddle: PaddleInstallation) -> str:
     )
 
 
+def cuda_include(paddle: PaddleInstallation) -> Path:
+    """Where ``cuda.h`` lies, which Paddle's GPU headers include: a toolkit's, else a wheel's.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [Path(home) / "include" for home in homes if home]
+    folders += sorted(Path("/usr/local").glob("cuda-*/include"), reverse=True)
+    folders += sorted(paddle.root.parent.glob("nvidia/*/include"))
+    folders += [paddle.root.parent / "triton" / "backends" / "nvidia" / "include"]
+    for folder in folders:
+        if (folder / "cuda.h").exists():
+            return folder
+    raise RuntimeError(
+        "the Paddle binding of fd-minicpm41 needs cuda.h once, and found none: set CUDA_HOME to a "
+        "CUDA toolkit, or pip install nvidia-cuda-runtime"
+    )
+
+
 def compile_command(sources: Path, paddle: PaddleInstallation, output: Path) -> list[str]:
     """The compiler's command line; ``$CXX`` names another compiler than g++."""
     include = paddle.root / "include"
     command = [*shlex.split(os.environ.get("CXX") or "g++"), *FLAGS]
     if paddle.has_cuda:
-        command.append("-DPADDLE_WITH_CUDA")
+        command += ["-DPADDLE_WITH_CUDA", "-isystem", str(cuda_include(paddle))]
     return [
         *command,
         f"-I{sources}",
