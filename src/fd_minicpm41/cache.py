@@ -1,8 +1,8 @@
 """The compressed keys, kept beside FastDeploy's own KV cache.
 
-Each window is stored in the page that holds its last token. A page's slots are then a function of the
-tokens up to its end, which is what a prefix cache shares pages by: sharing, reuse and eviction of pages
-are right without a word from us, and slot validity follows from a request's length alone.
+Each window is stored in the page that holds its last token. A page's slots are then a function of
+the tokens up to its end, which is what a prefix cache shares pages by: sharing, reuse and eviction
+of pages are right by construction, and slot validity follows from a request's length alone.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class CompressedKeys(NamedTuple):
 def compressed_keys_of(k_cache: paddle.Tensor) -> CompressedKeys:
     """The compressed keys that belong to a layer's key cache, allocated when it is first seen.
 
-    They hang on the key cache itself, so they live exactly as long: FastDeploy makes its caches twice
-    (profile run, then the real size) and again when it wakes from sleep.
+    They hang on the key cache itself, so they live exactly as long: FastDeploy makes its caches
+    twice (profile run, then the real size) and again when it wakes from sleep.
 
     Args:
         k_cache: ``[num_pages, num_kv_heads, 64, head_dim]``.

@@ -2,7 +2,8 @@
 
 FastDeploy calls :func:`register` in every process that imports its models: API server, engine and
 worker. It touches no device and loads no library. :data:`LEDGER` lists each changed function; a
-hook is installed once a process, and with a checkpoint of another model it does nothing.
+hook is installed once a process, and with a checkpoint of another model it does nothing. What
+hybrid reasoning changes is in the same form in :mod:`fd_minicpm41.hybrid_reasoning.host_hooks`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ from typing import Any
 from fd_minicpm41 import __version__
 from fd_minicpm41.config import ARCHITECTURE
 from fd_minicpm41.errors import UsageError
-from fd_minicpm41.preflight import check_checkpoint, check_context, is_minicpm
+from fd_minicpm41.preflight import (
+    BACKEND,
+    BACKEND_VARIABLE,
+    check_checkpoint,
+    check_context,
+    check_sparse_attention,
+    is_minicpm,
+    is_served_sparsely,
+    served_config,
+)
 
 logger = logging.getLogger("fd_minicpm41")
 
@@ -83,6 +93,51 @@ def _wrap_check(original: Callable[..., Any]) -> Callable[..., Any]:
     return check
 
 
+# What FastDeploy answers when the user names no attention backend; set when it is asked.
+_stock_backend = ""
+
+
+def _wrap_backend_choice(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_attention_backend_cls(cls: Any, selected_backend: Any) -> str:
+        global _stock_backend
+        named = os.environ.get(BACKEND_VARIABLE)
+        if named == BACKEND:
+            return "fd_minicpm41.attention.InfLLMV2AttentionBackend"
+        answer = str(original(cls, selected_backend))
+        if named is not None:
+            return answer
+        _stock_backend = answer
+        return f"{__name__}.default_attention_backend"
+
+    return get_attention_backend_cls
+
+
+def default_attention_backend(fd_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """The backend of a server whose user named none: sparse iff the checkpoint says so.
+
+    FastDeploy asks for a backend before it has a model, and calls what it gets with the
+    configuration, which is looked at here. Any other model gets the stock backend.
+    """
+    from fastdeploy.utils import resolve_obj_from_strname
+
+    backend = resolve_obj_from_strname(_stock_backend)
+    model_config = fd_config.model_config
+    is_ours = ARCHITECTURE in (model_config.architectures or ())
+    if is_ours and is_served_sparsely(served_config(model_config.model)):
+        from fd_minicpm41.attention import InfLLMV2AttentionBackend
+
+        backend = InfLLMV2AttentionBackend
+    return backend(fd_config, *args, **kwargs)
+
+
+def _wrap_page_bytes(original: Callable[..., Any]) -> Callable[..., Any]:
+    def cal_theortical_kvcache(self: Any) -> int:
+        share = getattr(self.attn_backends[0], "compressed_keys_share", 0.0)
+        return int(original(self) * (1.0 + share))
+
+    return cal_theortical_kvcache
+
+
 LEDGER: tuple[Hook, ...] = (
     Hook(
         target="fastdeploy.config:FDConfig.check",
@@ -95,7 +150,31 @@ LEDGER: tuple[Hook, ...] = (
         remove_when="FastDeploy calls such a hook before it starts workers.",
         wrap=_wrap_check,
     ),
+    Hook(
+        target="fastdeploy.platforms.cuda:CUDAPlatform.get_attention_backend_cls",
+        why="The names of attention backends are a closed enumeration.",
+        how="Answers FD_ATTENTION_BACKEND=INFLLMV2_ATTN with our class, and an unset variable with "
+        "a function that looks at the model: ours with a sparse_config gets our class, any other "
+        "what FastDeploy would have given it. A name the user set is passed on.",
+        upstream="A registry of attention backends, and a default that a model class may name.",
+        remove_when="FastDeploy has both.",
+        wrap=_wrap_backend_choice,
+    ),
 )
+
+WORKER_LEDGER: tuple[Hook, ...] = (
+    Hook(
+        target="fastdeploy.worker.gpu_model_runner:GPUModelRunner.cal_theortical_kvcache",
+        why="The number of pages is the free memory over the bytes of a page, which do not count "
+        "the compressed keys: a full cache would run out of memory.",
+        how="Adds the share of the compressed keys, 3.9 %, when our attention backend runs.",
+        upstream="Ask the attention backend for the bytes of a page.",
+        remove_when="FastDeploy does.",
+        wrap=_wrap_page_bytes,
+    ),
+)
+"""Hooks of modules that only a worker imports; the model class installs them when it is built."""
+
 
 # Why this process refuses our checkpoints, if it does; other models are served all the same.
 _refusal: str | None = None
@@ -116,6 +195,8 @@ def check_before_start(fd_config: Any) -> None:
             raise UsageError(_refusal)
         config = check_checkpoint(folder, fd_config.tokenizer)
         check_context(config, fd_config.model_config.max_model_len)
+        if is_served_sparsely(config):
+            check_sparse_attention(fd_config)
     except UsageError:
         sys.excepthook = _print_one_line
         raise
@@ -149,8 +230,11 @@ def register() -> None:
     import fastdeploy
     from fastdeploy.model_executor.models.model_base import ModelCategory, ModelRegistry
 
+    _log_to_console()
     text = fastdeploy.__version__
     found = host_version(text)
+    if found is None:
+        text = "of unknown version (a source tree)"
     if found is not None and found < OLDEST_HOST:
         _refusal = (
             f"FastDeploy is {text}, wanted {_join(OLDEST_HOST)} or later: upgrade FastDeploy, or "
@@ -184,6 +268,9 @@ def register() -> None:
     )
     for hook in LEDGER:
         hook.install()
+    from fd_minicpm41.hybrid_reasoning.host_hooks import add_logits_processor
+
+    add_logits_processor()
     tested = "" if found is None or found <= NEWEST_HOST else ", which is newer than tested"
     logger.info(
         "fd_minicpm41 %s: registered %s with FastDeploy %s%s",
@@ -193,6 +280,26 @@ def register() -> None:
         tested,
     )
     _is_registered = True
+
+
+def install_worker_hooks() -> None:
+    """Installs the hooks of the modules that only a worker imports, once a process."""
+    for hook in WORKER_LEDGER:
+        hook.install()
+
+
+def _log_to_console() -> None:
+    """Sends the package's log lines where FastDeploy sends those that a user is meant to see.
+
+    FastDeploy leaves the root logger without a handler, so they would be lost otherwise.
+    """
+    from fastdeploy.utils import console_logger
+
+    for handler in console_logger.handlers:
+        if handler not in logger.handlers:
+            logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _join(version: tuple[int, int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import paddle
 
@@ -13,26 +13,36 @@ if TYPE_CHECKING:
     from fastdeploy.model_executor.forward_meta import ForwardMeta
 
 
-@dataclass(frozen=True)
-class InfLLMV2AttentionMetadata:
-    """What every layer of one step needs. Nothing here was copied to the host.
+class Batch(NamedTuple):
+    """The requests of one step, in the order every op takes them. All int32, on the device.
 
     Attributes:
-        batch_id_per_token: int32 ``[num_tokens]``, -1 for padding rows.
-        cu_seqlens_q: int32 ``[batch_size + 1]``.
-        query_lens: int32 ``[batch_size]``, new tokens of each request, 0 for an idle slot.
-        history_lens: int32 ``[batch_size]``, tokens in the cache before this step.
-        compress_from: int32 ``[batch_size]``, first token whose windows are computed this step.
-        block_tables: int32 ``[batch_size, max_blocks]``, logical block to page, -1 padded.
-        compressed_keys: of each layer.
+        batch_id_per_token: ``[num_tokens]``, owner of each row, -1 for padding rows.
+        cu_seqlens_q: ``[batch_size + 1]``.
+        query_lens: ``[batch_size]``, new tokens of each request, 0 for an idle slot.
+        history_lens: ``[batch_size]``, tokens in the cache before this step.
+        block_tables: ``[batch_size, max_blocks]``, logical block to page, -1 padded.
     """
 
     batch_id_per_token: paddle.Tensor
     cu_seqlens_q: paddle.Tensor
     query_lens: paddle.Tensor
     history_lens: paddle.Tensor
-    compress_from: paddle.Tensor
     block_tables: paddle.Tensor
+
+
+@dataclass(frozen=True)
+class InfLLMV2AttentionMetadata:
+    """What every layer of one step needs. Nothing here was copied to the host.
+
+    Attributes:
+        batch: the requests of the step.
+        compress_from: int32 ``[batch_size]``, first token whose windows are computed this step.
+        compressed_keys: of each layer.
+    """
+
+    batch: Batch
+    compress_from: paddle.Tensor
     compressed_keys: tuple[CompressedKeys, ...]
 
     @classmethod
@@ -42,17 +52,19 @@ class InfLLMV2AttentionMetadata:
         compress_from = history_lens
         if not forward_meta.step_use_cudagraph:
             # A prefill chunk with history may follow a prefix hit, a swap-in or a preemption, whose
-            # pages came without compressed keys: rebuild the whole prefix, 512 bytes a token. A graph
-            # holds decode rows alone, and only tensors at the addresses it was captured with.
+            # pages came without compressed keys: rebuild the whole prefix, 512 bytes a token. A
+            # graph holds decode rows alone, and only tensors at the addresses it was captured with.
             is_prefill = _flat(forward_meta.seq_lens_encoder) > 0
             compress_from = paddle.where(is_prefill, paddle.zeros_like(history_lens), history_lens)
         return cls(
-            batch_id_per_token=_flat(forward_meta.batch_id_per_token),
-            cu_seqlens_q=forward_meta.cu_seqlens_q,
-            query_lens=_flat(forward_meta.seq_lens_this_time),
-            history_lens=history_lens,
+            batch=Batch(
+                batch_id_per_token=_flat(forward_meta.batch_id_per_token),
+                cu_seqlens_q=forward_meta.cu_seqlens_q,
+                query_lens=_flat(forward_meta.seq_lens_this_time),
+                history_lens=history_lens,
+                block_tables=forward_meta.block_tables,
+            ),
             compress_from=compress_from,
-            block_tables=forward_meta.block_tables,
             compressed_keys=tuple(compressed_keys_of(k) for k in forward_meta.caches[::2]),
         )
 

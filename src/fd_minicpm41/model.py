@@ -33,6 +33,7 @@ from paddle import nn
 
 from fd_minicpm41.config import ARCHITECTURE, MiniCPMConfig
 from fd_minicpm41.errors import UsageError
+from fd_minicpm41.fastdeploy_hooks import install_worker_hooks
 from fd_minicpm41.preflight import check_context, served_config
 from fd_minicpm41.reference.model import weight_shapes
 from fd_minicpm41.rope import rope_table
@@ -200,6 +201,7 @@ class MiniCPM41ForCausalLM(ModelForCasualLM):
 
     def __init__(self, fd_config: FDConfig) -> None:
         super().__init__(fd_config)
+        install_worker_hooks()
         self.fd_config = fd_config
         self.config = served_config(fd_config.model_config.model)
         check_context(self.config, fd_config.model_config.max_model_len)
