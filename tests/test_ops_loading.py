@@ -217,7 +217,7 @@ def test_the_gpu_half_compiles(tmp_path: Path) -> None:
     assert paddle is not None
     with_cuda = binding.PaddleInstallation(paddle.root, paddle.version, True)
     try:
-        binding.cuda_include(with_cuda)
+        binding.cuda_includes(with_cuda)
     except RuntimeError as reason:
         pytest.skip(str(reason))
     sources = binding._installed("csrc")

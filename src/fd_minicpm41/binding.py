@@ -69,24 +69,27 @@ def file_name(sources: Path, paddle: PaddleInstallation) -> str:
     )
 
 
-def cuda_include(paddle: PaddleInstallation) -> Path:
-    """Where ``cuda.h`` lies, which Paddle's GPU headers include: a toolkit's, else a wheel's.
+def cuda_includes(paddle: PaddleInstallation) -> list[Path]:
+    """Folders of the headers that Paddle's GPU headers include: a toolkit's, else those of wheels.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: there are none.
     """
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     folders = [Path(home) / "include" for home in homes if home]
     folders += sorted(Path("/usr/local").glob("cuda-*/include"), reverse=True)
     folders += sorted(paddle.root.parent.glob("nvidia/*/include"))
-    folders += [paddle.root.parent / "triton" / "backends" / "nvidia" / "include"]
-    for folder in folders:
-        if (folder / "cuda.h").exists():
-            return folder
-    raise RuntimeError(
-        "the Paddle binding of fd-minicpm41 needs cuda.h once, and found none: set CUDA_HOME to a "
-        "CUDA toolkit, or pip install nvidia-cuda-runtime"
-    )
+    folders += [folder / "cccl" for folder in folders]  # where CUDA 13 keeps Thrust
+    found = []
+    for header in ("cuda.h", "thrust/complex.h"):
+        folder = next((folder for folder in folders if (folder / header).exists()), None)
+        if folder is None:
+            raise RuntimeError(
+                f"the Paddle binding of fd-minicpm41 needs CUDA's {header} once, and found none: "
+                "set CUDA_HOME to a CUDA toolkit"
+            )
+        found.append(folder)
+    return found
 
 
 def compile_command(sources: Path, paddle: PaddleInstallation, output: Path) -> list[str]:
@@ -94,7 +97,8 @@ def compile_command(sources: Path, paddle: PaddleInstallation, output: Path) -> 
     include = paddle.root / "include"
     command = [*shlex.split(os.environ.get("CXX") or "g++"), *FLAGS]
     if paddle.has_cuda:
-        command += ["-DPADDLE_WITH_CUDA", "-isystem", str(cuda_include(paddle))]
+        command.append("-DPADDLE_WITH_CUDA")
+        command += [f"-isystem{folder}" for folder in cuda_includes(paddle)]
     return [
         *command,
         f"-I{sources}",
