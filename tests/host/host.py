@@ -119,19 +119,23 @@ class OfflineEngine(HostProcess):
     """``fastdeploy.LLM`` in a process of its own, kept for several rounds of generation."""
 
     def __init__(
-        self, checkpoint: Path, log_dir: Path, environment: dict[str, str], options: dict[str, Any]
+        self,
+        checkpoint: Path,
+        log_dir: Path,
+        environment: dict[str, str],
+        options: dict[str, Any],
+        python: str,
     ) -> None:
         ports = {name: free_port() for name in ("engine_worker_queue_port", "cache_queue_port")}
         arguments = json.dumps({"model": str(checkpoint)} | ENGINE_DEFAULTS | ports | options)
         super().__init__(
-            [sys.executable, str(HERE / "offline_llm.py"), arguments],
+            [python, str(HERE / "offline_llm.py"), arguments],
             log_dir,
             environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
         self.unread = b""
-        self.read_reply(START_LIMIT)
 
     def read_reply(self, limit: float) -> Any:
         assert self.process.stdout is not None
@@ -217,17 +221,17 @@ def offline_engine(
     *,
     extra_path: Sequence[str | Path] = (),
     variables: dict[str, str] | None = None,
+    python: str = sys.executable,
     **options: Any,
 ) -> Iterator[OfflineEngine]:
     """An engine that has come up; ``options`` are those of ``fastdeploy.LLM``."""
     environment = host_environment(log_dir, extra_path=extra_path, **(variables or {}))
-    engine = OfflineEngine.__new__(OfflineEngine)
+    engine = OfflineEngine(checkpoint, log_dir, environment, options, python)
     try:
-        engine.__init__(checkpoint, log_dir, environment, options)  # type: ignore[misc]
+        engine.read_reply(START_LIMIT)
         yield engine
     finally:
-        if hasattr(engine, "process"):
-            engine.stop()
+        engine.stop()
 
 
 @contextlib.contextmanager
@@ -260,11 +264,12 @@ def run_script(
     extra_path: Sequence[str | Path] = (),
     variables: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs Python code as a host process and returns its output."""
+    """Runs Python code as a host process; ``log_dir`` is its working folder."""
+    environment = host_environment(log_dir, extra_path=extra_path, **(variables or {}))
     return subprocess.run(
         [python, "-c", code],
         cwd=log_dir,
-        env=host_environment(log_dir, extra_path=extra_path, **(variables or {})),
+        env=environment,
         capture_output=True,
         text=True,
         timeout=limit,

@@ -2,7 +2,7 @@
 
 ``install()`` runs before FastDeploy is imported and edits nothing of it on disk:
 
-1. ``fastdeploy.model_executor.ops.gpu`` becomes a module of reference ops (:mod:`cpu_ops`);
+1. ``fastdeploy.model_executor.ops.gpu`` becomes a module of reference ops (:mod:`host_ops`);
 2. the platform answers "CUDA", because every dense layer refuses anything else;
 3. a few gaps of CPU Paddle are filled (pinned memory, CUDA events, fused activation, top-p);
 4. the worker's device set-up, its dtype and its Triton samplers are replaced.
@@ -20,7 +20,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import cpu_ops
+import host_ops
 
 OPS_MODULE = "fastdeploy.model_executor.ops.gpu"
 # The shim's GPU: an Ampere of 16 GiB, old enough that no Hopper-only path is taken.
@@ -83,7 +83,7 @@ class _OpsModule(types.ModuleType):
 
 def _ops_module(name: str) -> _OpsModule:
     module = _OpsModule(name)
-    module.__file__ = cpu_ops.__file__
+    module.__file__ = host_ops.__file__
     module.__path__ = []
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     sys.modules[name] = module
@@ -120,8 +120,8 @@ def _fill_paddle_gaps(paddle: Any) -> None:
     paddle.device.get_device_properties = cuda.get_device_properties
     cuda.get_device_capability = lambda *args, **kwargs: COMPUTE_CAPABILITY
     paddle.device.empty_cache = paddle.device.synchronize = lambda *args, **kwargs: None
-    fused.fused_bias_act = cpu_ops.fused_bias_act
-    paddle.tensor.top_p_sampling = cpu_ops.top_p_sampling
+    fused.fused_bias_act = host_ops.fused_bias_act
+    paddle.tensor.top_p_sampling = host_ops.top_p_sampling
 
 
 @_after_import("fastdeploy.platforms.base")
@@ -137,7 +137,7 @@ def _choose_cuda_platform(module: Any) -> None:
 
 @_after_import("fastdeploy.model_executor.layers.sample.ops.top_k_top_p_triton")
 def _replace_triton_noise(module: Any) -> None:
-    module.seeded_gumbel_noise = cpu_ops.seeded_gumbel_noise
+    module.seeded_gumbel_noise = host_ops.seeded_gumbel_noise
 
 
 @_after_import("fastdeploy.model_executor.layers.sample.logprobs")
@@ -198,6 +198,6 @@ def install() -> None:
     _compute_in_float32()
     module = _ops_module(OPS_MODULE)
     module.tolerant_import_error = lambda: None  # type: ignore[attr-defined]
-    for name, function in cpu_ops.OPS.items():
+    for name, function in host_ops.OPS.items():
         setattr(module, name, function)
     module.deep_gemm = _ops_module(OPS_MODULE + ".deep_gemm")  # type: ignore[attr-defined]
