@@ -303,18 +303,26 @@ def test_import_gguf_then_generate(
     assert "does not exist" in refuse("import-gguf", tmp_path / "no.gguf", "--out", out)
 
 
-def test_a_killed_conversion_leaves_no_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("signal", "code", "left"), [("SIGKILL", -9, 2), ("SIGTERM", 143, 1)])
+def test_a_killed_conversion_leaves_no_folder(
+    tmp_path: Path, signal: str, code: int, left: int
+) -> None:
+    """SIGKILL leaves a hidden folder, which the next run removes; SIGTERM leaves nothing."""
     write_tiny_gguf(tmp_path / "m.gguf")
     script = (
         "import os, signal, sys\n"
         "from fd_minicpm41.cli import main\n"
         "from fd_minicpm41.reference.checkpoint import CheckpointWriter\n"
-        "CheckpointWriter.write_weights = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "CheckpointWriter.write_weights = lambda *_: os.kill(os.getpid(), signal."
+        f"{signal})\n"
         "main(['import-gguf', 'm.gguf', '--out', 'out'])"
     )
-    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True)
-    assert result.returncode == -9
+    # The script imports Paddle before the command line can silence a warning of it.
+    words = [sys.executable, "-W", "ignore", "-c", script]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True)
+    assert (result.returncode, result.stderr) == (code, b"")
     assert not (tmp_path / "out").exists()
+    assert len(list(tmp_path.iterdir())) == left
     command = ["import-gguf", str(tmp_path / "m.gguf"), "--out", str(tmp_path / "out")]
     assert main(command) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "out"]
@@ -336,6 +344,8 @@ def test_doctor_says_what_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert told["works"]["generate and chat with the reference model"] is True
     assert told["findings"]["python"]["status"] == "ok"
     assert told["findings"]["kernels"]["detail"].startswith("version=")
+    assert told["findings"]["binding"]["status"] == "ok"
+    assert told["works"]["sparse attention ops on the CPU"] is True
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     for name, finding in told["findings"].items():
@@ -405,12 +415,22 @@ def test_doctor_on_other_machines(
     assert code == 0
     assert told["findings"]["gpu"]["status"] == "wrong"
     assert told["findings"]["fastdeploy"]["status"] == "ok"
+    packages |= {"fastdeploy-gpu": "2.7.0"}
+    assert report(capsys)[1]["findings"]["fastdeploy"]["detail"].endswith("newer than tested")
     packages |= {"paddlepaddle-gpu": "3.4.0", "fastdeploy-gpu": "2.3.0"}
     _, told = report(capsys)
     assert told["findings"]["gpu"]["detail"] == "NVIDIA H100, 570.1"
     assert told["findings"]["gpu"]["status"] == "ok"
     assert told["findings"]["paddle"]["status"] == "wrong"
     assert told["findings"]["fastdeploy"]["status"] == "wrong"
+
+    def broken() -> None:
+        raise RuntimeError("needs a C++ compiler:\ninstall g++")
+
+    monkeypatch.setattr("fd_minicpm41.binding.load", broken)
+    assert doctor._binding().detail == "needs a C++ compiler: install g++"
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert doctor._binding().status == "missing"
 
     class Elsewhere:
         def locate_file(self, name: str) -> Path:

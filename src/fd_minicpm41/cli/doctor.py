@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from fd_minicpm41 import __version__
+from fd_minicpm41.cli.runtime import prepare_paddle
 
 PLUGIN = "fd_minicpm41"
 AUTOLOAD_FILE = "fd_minicpm41_autoload.pth"
 FASTDEPLOY_NAMES = ("fastdeploy-gpu", "fastdeploy-cpu", "fastdeploy")
-FASTDEPLOY_SUPPORTED = ("2.5", "2.6")
+WITHOUT_CUDA = "cuda=none"
 PADDLE_SUPPORTED = ((3, 2), (3, 4))
 
 
@@ -49,12 +50,18 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints every finding and what can be done with it all."""
-    findings = [look() for look in (_python, _paddle, _gpu, _fastdeploy, _kernels, _discovery)]
+    looks = (_python, _paddle, _gpu, _fastdeploy, _kernels, _binding, _discovery)
+    findings = [look() for look in looks]
     is_ok = {finding.name: finding.status == "ok" for finding in findings}
+    details = {finding.name: finding.detail for finding in findings}
+    has_ops = is_ok["kernels"] and is_ok["binding"]
     works = {
         "generate and chat with the reference model": is_ok["paddle"],
         "fastdeploy serve finds this plugin": is_ok["fastdeploy"] and is_ok["discovery"],
-        "sparse attention kernels on the GPU": is_ok["gpu"] and is_ok["kernels"],
+        "sparse attention ops on the CPU": has_ops,
+        "sparse attention ops on the GPU": has_ops
+        and is_ok["gpu"]
+        and not details["kernels"].endswith(WITHOUT_CUDA),
     }
     if args.json:
         report = {
@@ -122,9 +129,14 @@ def _fastdeploy() -> Finding:
     if found is None:
         mend = "needed to serve only: install fastdeploy-gpu as README.md says"
         return Finding("fastdeploy", "missing", "not installed", mend)
-    detail = " ".join(found)
-    if not found[1].startswith(FASTDEPLOY_SUPPORTED):
-        return Finding("fastdeploy", "wrong", detail, "install FastDeploy 2.6 (2.5 works in part)")
+    from fd_minicpm41.fastdeploy_hooks import NEWEST_HOST, OLDEST_HOST, host_version
+
+    detail, release = " ".join(found), host_version(found[1])
+    if release is not None and release < OLDEST_HOST:
+        mend = f"install FastDeploy {'.'.join(map(str, NEWEST_HOST))}"
+        return Finding("fastdeploy", "wrong", detail, mend)
+    if release is not None and release > NEWEST_HOST:
+        detail += ", newer than tested"
     return Finding("fastdeploy", "ok", detail)
 
 
@@ -141,10 +153,25 @@ def _kernels() -> Finding:
     except (OSError, AttributeError) as error:
         mend = "install the wheel again: pip install --force-reinstall fd-minicpm41"
         return Finding("kernels", "wrong", f"{libraries[0]} does not load: {error}", mend)
-    if detail.endswith("cuda=none"):
+    mend = ""
+    if detail.endswith(WITHOUT_CUDA):
         mend = "none needed on a CPU; for a GPU, install a wheel built with CUDA"
-        return Finding("kernels", "ok", f"{detail} (CPU only)", mend)
-    return Finding("kernels", "ok", detail)
+    return Finding("kernels", "ok", detail, mend)
+
+
+def _binding() -> Finding:
+    """Loads it, which compiles it once: nothing less shows that it works."""
+    if find_spec("paddle") is None:
+        return Finding("binding", "missing", "needs Paddle", "install Paddle first")
+    prepare_paddle()
+    from fd_minicpm41 import binding
+
+    try:
+        binding.load()
+    except RuntimeError as error:
+        mend = "do what the message says, then run doctor again"
+        return Finding("binding", "wrong", " ".join(str(error).split()), mend)
+    return Finding("binding", "ok", "the ops are registered with Paddle")
 
 
 def _discovery() -> Finding:

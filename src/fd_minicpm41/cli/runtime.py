@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fd_minicpm41.errors import UsageError
 
@@ -21,6 +24,8 @@ def prepare_paddle() -> None:
     """Imports Paddle and lets it use every processor this process may run on.
 
     Paddle takes one thread unless ``OMP_NUM_THREADS`` is set; a value that the user set is kept.
+    From here on SIGTERM unwinds like an error, so that what is half-written is removed, and not
+    with the stack trace that Paddle's own handler prints.
 
     Raises:
         UsageError: Paddle is not installed.
@@ -30,10 +35,18 @@ def prepare_paddle() -> None:
     is_set = "OMP_NUM_THREADS" in os.environ
     # Paddle looks for a compiler cache on import, which nothing here needs.
     warnings.filterwarnings("ignore", message="No ccache found")
+    import paddle
     from paddle.base import core
 
     if not is_set:
         core.set_num_threads(len(os.sched_getaffinity(0)))
+    paddle.disable_signal_handler()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def progress(total: int, what: str, unit: str) -> Any:
