@@ -27,6 +27,8 @@ HERE = Path(__file__).parent
 START_LIMIT = 240.0
 """Seconds for an engine to come up; about 15 on an idle machine."""
 REPLY_LIMIT = 240.0
+WORKER_FAILED = "Failed to launch worker"
+"""FastDeploy says so on its console; an offline engine then waits for ever."""
 
 ENGINE_DEFAULTS: dict[str, Any] = {
     "max_model_len": 1024,
@@ -141,11 +143,14 @@ class OfflineEngine(HostProcess):
         assert self.process.stdout is not None
         end = time.monotonic() + limit
         while b"\n" not in self.unread:
-            ready, _, _ = select.select([self.process.stdout], [], [], end - time.monotonic())
+            ready, _, _ = select.select([self.process.stdout], [], [], 1.0)
             chunk = os.read(self.process.stdout.fileno(), 1 << 16) if ready else b""
-            if not chunk:
-                why = "ended" if ready else f"said nothing for {limit:.0f} s"
-                raise RuntimeError(f"the offline engine {why}\n{self.logs()}")
+            if ready and not chunk:
+                raise RuntimeError(f"the offline engine ended\n{self.logs()}")
+            if WORKER_FAILED in self.output:
+                raise RuntimeError(f"the offline engine has no worker\n{self.logs()}")
+            if time.monotonic() > end:
+                raise RuntimeError(f"no word for {limit:.0f} s\n{self.logs()}")
             self.unread += chunk
         line, _, self.unread = self.unread.partition(b"\n")
         return json.loads(line)

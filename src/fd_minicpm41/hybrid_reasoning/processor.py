@@ -103,6 +103,11 @@ class MiniCPM41Processor(_HostProcessor):
             "unlimited" if self._mode.budget is None else self._mode.budget,
         )
 
+    def get_pad_id(self) -> int:
+        """A tokenizer may name no padding; FastDeploy would start its worker with ``None``."""
+        padding = self.tokenizer.pad_token_id
+        return self.eos_token_ids[0] if padding is None else padding
+
     def _say_once(self, missing: str) -> None:
         if missing not in self._said:
             self._said.add(missing)
