@@ -36,7 +36,7 @@ def _check(cls: type, values: Any) -> Any:
     if processor is not None and processor.served is not None and isinstance(values, dict):
         from fd_minicpm41.hybrid_reasoning.request import check_request
 
-        check_request(values, processor.served.template_arguments())
+        check_request(values, processor.served.template_arguments)
     return values
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ class MiniCPM41Processor(_HostProcessor):
                 "fd-minicpm41: the checkpoint has no %s; using the bundled chat template", missing
             )
 
+    @cached_property
     def template_arguments(self) -> frozenset[str] | None:
         """Names that ``chat_template_kwargs`` may hold for the template; ``None`` for any."""
         if any(argument.split("=")[0] == "--chat-template" for argument in sys.argv):
