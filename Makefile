@@ -53,6 +53,11 @@ test-sanitize: $(INSTALLED) ## Run the op tests on kernels built with AddressSan
 	    tests/test_compress_keys.py tests/test_select_blocks.py tests/test_sparse_attention.py \
 	    tests/test_ops_bad_input.py $(ARGS)
 
+# The wheel goes into a fresh environment on top of FastDeploy's requirements: tests/host/README.md.
+.PHONY: test-host
+test-host: $(INSTALLED) ## Test on the real FastDeploy, on this CPU: FASTDEPLOY_SRC=checkout ARGS=...
+	BUILD_PYTHON=$(BIN)/python tests/host/run.sh $(ARGS)
+
 .PHONY: lint
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 base=${HOST_VENV:-.venv-host}
-build_python=${BUILD_PYTHON:-python3}
+build_python=$(command -v "${BUILD_PYTHON:-python3}")
 layer=$PWD/build/host/${HOST_LAYER:-venv}
 
 if [ ! -x "$base/bin/python" ]; then
