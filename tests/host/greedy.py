@@ -25,21 +25,29 @@ def random_prompt(num_tokens: int, vocab_size: int = 250, seed: int = 0) -> list
 
 
 def expected_tokens(
-    folder: Path, prompt: Sequence[int], max_tokens: int, attention: Any = "dense"
+    folder: Path,
+    prompt: Sequence[int],
+    max_tokens: int,
+    attention: Any = "dense",
+    min_tokens: int = 1,
 ) -> list[int]:
     """Greedy tokens up to and including the first stop token, at most ``max_tokens``.
 
-    As in FastDeploy, the first token is not a stop token: ``min_tokens`` is 1.
+    The first ``min_tokens`` are no stop tokens; 1 is FastDeploy's default.
     """
     model = reference_model(folder)
     stop_ids = list(model.config.eos_token_ids)
     cache = model.new_cache(len(prompt) + max_tokens, attention)
-    logits = model.prefill(list(prompt), cache).numpy().reshape(-1)
-    logits[stop_ids] = -np.inf
-    tokens = [int(logits.argmax())]
-    while len(tokens) < max_tokens and tokens[-1] not in stop_ids:
-        tokens.append(int(model([tokens[-1]], cache).numpy().reshape(-1).argmax()))
-    return tokens
+    logits = model.prefill(list(prompt), cache)
+    tokens: list[int] = []
+    while True:
+        row = logits.numpy().reshape(-1).copy()
+        if len(tokens) < min_tokens:
+            row[stop_ids] = -np.inf
+        tokens.append(int(row.argmax()))
+        if len(tokens) == max_tokens or tokens[-1] in stop_ids:
+            return tokens
+        logits = model([tokens[-1]], cache)
 
 
 def assert_greedy(
@@ -48,9 +56,10 @@ def assert_greedy(
     prompt: Sequence[int],
     max_tokens: int,
     attention: Any = "dense",
+    min_tokens: int = 1,
 ) -> None:
     """Token for token. FastDeploy ends every reply with a stop token, also one that it cut."""
-    expected = expected_tokens(folder, prompt, max_tokens, attention)
+    expected = expected_tokens(folder, prompt, max_tokens, attention, min_tokens)
     stop_ids = reference_model(folder).config.eos_token_ids
     assert list(got[:-1]) == expected[:-1], f"prompt of {len(prompt)} tokens"
     assert len(got) == len(expected) and got[-1] in stop_ids
