@@ -415,6 +415,24 @@ def test_reordered_slots_are_refused(folder):
         server.processor.update_state(Reordered(server.inputs))
 
 
+def test_a_step_never_waits_for_the_device(folder, monkeypatch):
+    """Whatever would copy a tensor to the host is forbidden while two requests are decoded."""
+    server = Server(folder, 4)
+    server.insert(0, says(folder, "z" * 9), thinking_budget=3)
+    server.insert(2, says(folder, "z" * 9), thinking_budget=3)
+    server.step()
+    logits = paddle.randn([3, 300])
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("copied to the host")
+
+    for name in ("numpy", "item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(paddle.Tensor, name, refuse)
+    for _ in range(5):
+        server.processor.update_state(server.inputs)
+        server.processor.apply(logits)
+
+
 @pytest.mark.parametrize("value", [-1, 1.5, "7", True, [1]])
 def test_bad_budgets_are_told(value):
     with pytest.raises(UsageError, match="whole number of tokens"):

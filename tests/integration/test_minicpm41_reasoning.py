@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from host.host import missing_host, server
-from scripted_checkpoint import script_tag, write_scripted_checkpoint
+from fd_minicpm41.hybrid_reasoning import HybridReasoningMode, ReplySplitter
+from host.host import missing_host, run_script, server
+from scripted_checkpoint import script_tag, scripted_tokenizer, write_scripted_checkpoint
 
 MISSING = missing_host()
 pytestmark = [pytest.mark.host, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
@@ -272,6 +273,21 @@ def test_tools_are_shown_unless_refused(client):
     assert '"weather"' not in refused.prompt
 
 
+def test_a_conversation_with_tools_goes_back_to_the_model_in_its_own_words(client):
+    calls = [
+        {"id": "1", "type": "function", "function": {"name": "now", "arguments": '{"tz": "X"}'}}
+    ]
+    messages = [
+        {"role": "user", "content": "When?"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "1", "content": "12:00"},
+        {"role": "user", "content": "And? "},
+    ]
+    prompt = Answer(client, "plain", stream=False, messages=messages, tools=TOOLS).prompt
+    assert "<|tool_call_start|>\n```python\nnow(tz='X')\n```\n<|tool_call_end|><|im_end|>" in prompt
+    assert "<|im_start|>tool\n12:00<|im_end|>" in prompt
+
+
 def test_several_choices_and_an_awkward_user_name(client):
     reply = client.chat.completions.create(
         model="default",
@@ -332,12 +348,12 @@ def register():
 """
 
 
-@pytest.mark.parametrize("preempt", [False, True])
-def test_too_few_pages_change_no_reply(checkpoint, tmp_path_factory, preempt):
-    """Requests wait for a page amid their replies, or are thrown out and prefilled with them.
+def test_preempted_requests_keep_their_budgets(checkpoint, tmp_path_factory):
+    """Too few pages for all: requests are thrown out, then prefilled with what they have said.
 
     FastDeploy 2.6 has the code that throws them out, and 2.5 uses it, but 2.6 looks for a status
-    that only a server of decodes sets. A test plugin makes it look at what the request does.
+    that only a server of decodes sets, and stands still. A test plugin makes it look at what the
+    request does.
     """
     logs = tmp_path_factory.mktemp("preempted")
     plugin = tmp_path_factory.mktemp("plugin")
@@ -347,26 +363,30 @@ def test_too_few_pages_change_no_reply(checkpoint, tmp_path_factory, preempt):
     (plugin / "preempt-1.dist-info/entry_points.txt").write_text(
         "[fastdeploy.model_register_plugins]\npreempt = preempt:register\n"
     )
-    budgets = [0, 7, 64, 190, None, 150, 249, 230]
-    plugins = "fd_minicpm41,preempt" if preempt else "fd_minicpm41"
+    budgets = [190, 100, 150, 230]
+    # All are let in at once, with no page kept for what they will say.
+    variables = {
+        "FD_PLUGINS": "fd_minicpm41,preempt",
+        "FD_USE_NEW_TOKEN_RATIO_RESERVE": "0",
+        "FD_RESERVE_OUTPUT_BLOCK_NUM_FOR_DECODE_WHEN_SCHEDULE_NEW_PREFILL": "0",
+    }
     with serving(
-        checkpoint, logs, pages=11, seqs=8, context=512, extra_path=[plugin], FD_PLUGINS=plugins
+        checkpoint, logs, pages=14, seqs=4, context=512, extra_path=[plugin], **variables
     ) as client:
 
         def ask(budget):
-            extra = {} if budget is None else {"thinking_budget": budget}
+            extra = {"thinking_budget": budget}
             messages = [{"role": "user", "content": "word " * 8}]
             return Answer(
                 client, "longest", stream=False, messages=messages, max_tokens=300, extra=extra
             )
 
-        with ThreadPoolExecutor(8) as pool:
-            for budget, answer in zip(budgets * 2, pool.map(ask, budgets * 2), strict=True):
+        with ThreadPoolExecutor(4) as pool:
+            for budget, answer in zip(budgets, pool.map(ask, budgets), strict=True):
                 wanted = expected(budget, length=250)
                 assert (answer.reasoning, answer.content) == wanted, budget
     texts = [p.read_text("utf-8", errors="replace") for p in logs.rglob("*log*") if p.is_file()]
-    said = "Preemption is triggered! Preempted request id" if preempt else "Preemption is triggered"
-    assert any(said in text for text in texts)
+    assert any("Preempted request id" in text for text in texts)
 
 
 def test_closing_sentence_and_default_budget_of_the_server(checkpoint, tmp_path_factory):
@@ -382,3 +402,68 @@ def test_closing_sentence_and_default_budget_of_the_server(checkpoint, tmp_path_
         # A larger budget of the request replaces the server's.
         answer = Answer(client, "long", stream=False, extra={"thinking_budget": 6})
         assert answer.reasoning == "\nzzzzz\nTime is up.\n"
+
+
+OWN_PROCESSOR = """
+import json, sys
+from types import SimpleNamespace
+from fastdeploy.entrypoints.openai.tool_parsers import ToolParserManager
+from fastdeploy.input import text_processor
+from fastdeploy.reasoning import ReasoningParserManager
+
+Processor = getattr(text_processor, "TextProcessor", None) or text_processor.DataProcessor
+processor = Processor(
+    CHECKPOINT,
+    reasoning_parser_obj=ReasoningParserManager.get_reasoning_parser("minicpm41"),
+    tool_parser_obj=ToolParserManager.get_tool_parser("minicpm41"),
+)
+end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+results = []
+for number, (tag, tokens) in enumerate(CASES):
+    row = []
+    for stream in (False, True):
+        request_id = f"chatcmpl-{number}{stream}_0"
+        messages = [{"role": "user", "content": "Hi " + tag}]
+        request = {"request_id": request_id, "messages": messages, "max_tokens": 400}
+        processor.process_request_dict(request, 1024)
+        reasoning, content, calls = "", "", []
+        for i, token in enumerate([*tokens, end]):
+            outputs = {"token_ids": [token]}
+            finished = i == len(tokens)
+            response = {"request_id": request_id, "finished": finished, "outputs": outputs}
+            request = SimpleNamespace(tools=TOOLS)
+            out = processor.process_response_dict(response, stream=stream, request=request)
+            out = out["outputs"]
+            if stream or finished:
+                if not out.get("skipped"):
+                    reasoning += out["reasoning_content"]
+                    content += out["text"]
+                for call in out.get("tool_calls") or []:
+                    calls.append([call.function.name, json.loads(call.function.arguments)])
+        row.append([reasoning, content, calls])
+    results.append(row)
+print("RESULTS" + json.dumps(results))
+"""
+
+
+def test_parsers_on_the_hosts_own_processor(checkpoint, tmp_path):
+    """Another plugin may take the data processor's place; the parsers then work by themselves.
+
+    They are not told that a reply ends, nor, for a whole reply, that tool calls were found: what
+    that costs is the text of calls left in the content of a reply that is not streamed.
+    """
+    _, ids = scripted_tokenizer(list(SCRIPTS.values()))
+    names = list(SCRIPTS)
+    cases = [(TAGS[name], ids[names.index(name)]) for name in names]
+    values = f"CHECKPOINT, CASES, TOOLS = {str(checkpoint)!r}, {cases!r}, {TOOLS!r}\n"
+    # As the start-up file of the wheel would have it.
+    variables = {"FD_PLUGINS": "fd_minicpm41"}
+    done = run_script(values + OWN_PROCESSOR, tmp_path, variables=variables)
+    assert "RESULTS" in done.stdout, done.stderr[-3000:]
+    results = json.loads(done.stdout.rpartition("RESULTS")[2])
+    for name, (whole, streamed) in zip(names, results, strict=True):
+        splitter = ReplySplitter(HybridReasoningMode(), tools=True)
+        delta = splitter.feed("".join(SCRIPTS[name]), finished=True)
+        calls = [[call.name, json.loads(call.arguments)] for call in delta.calls]
+        assert streamed == [delta.reasoning, delta.content, calls], name
+        assert whole == [delta.reasoning, delta.text, calls], name

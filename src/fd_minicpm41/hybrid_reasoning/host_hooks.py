@@ -59,9 +59,9 @@ def _with_fields(*names: str) -> Callable[[Any], Any]:
 def _wrap_build(original: Callable[..., Any]) -> Callable[..., Any]:
     def build_logits_processors(fd_config: Any) -> list[Any]:
         built: list[Any] = original(fd_config)
-        ours = ARCHITECTURE in (fd_config.model_config.architectures or ())
-        if ours and not any(isinstance(processor, ThinkingBudget) for processor in built):
-            built.append(ThinkingBudget(fd_config))
+        if ARCHITECTURE in (fd_config.model_config.architectures or ()):
+            if not any(isinstance(processor, ThinkingBudget) for processor in built):
+                built.append(ThinkingBudget(fd_config))
             GENERATED_TOKENS.install()
         return built
 
