@@ -86,8 +86,8 @@ def tiny_weights(config: dict[str, Any], *, tied: bool, seed: int) -> dict[str, 
     """fp32 weights by name, scaled by fan-in so that attention and logits are far from uniform."""
     rng = np.random.default_rng(seed)
     hidden, inter = config["hidden_size"], config["intermediate_size"]
-    head_dim = hidden // config["num_attention_heads"]
-    kv = config["num_key_value_heads"] * head_dim
+    head_dim = config.get("head_dim", hidden // config["num_attention_heads"])
+    q, kv = (config[f"num_{kind}_heads"] * head_dim for kind in ("attention", "key_value"))
 
     def linear(rows: int, columns: int, gain: float = 1.5) -> np.ndarray:
         return (rng.standard_normal((rows, columns)) * gain / columns**0.5).astype(np.float32)
@@ -102,10 +102,10 @@ def tiny_weights(config: dict[str, Any], *, tied: bool, seed: int) -> dict[str, 
         layer = f"model.layers.{i}."
         weights |= {
             layer + "input_layernorm.weight": norm(),
-            layer + "self_attn.q_proj.weight": linear(hidden, hidden),
+            layer + "self_attn.q_proj.weight": linear(q, hidden),
             layer + "self_attn.k_proj.weight": linear(kv, hidden),
             layer + "self_attn.v_proj.weight": linear(kv, hidden),
-            layer + "self_attn.o_proj.weight": linear(hidden, hidden),
+            layer + "self_attn.o_proj.weight": linear(hidden, q),
             layer + "post_attention_layernorm.weight": norm(),
             layer + "mlp.gate_proj.weight": linear(inter, hidden),
             layer + "mlp.up_proj.weight": linear(inter, hidden),
@@ -125,6 +125,7 @@ def tiny_config(
     intermediate_size: int = 384,
     num_q_heads: int = 32,
     num_kv_heads: int = 2,
+    head_dim: int | None = None,
     vocab_size: int | None = None,
     max_position_embeddings: int = 65536,
     sparse_config: dict[str, Any] | None = None,
@@ -132,8 +133,9 @@ def tiny_config(
     **overrides: Any,
 ) -> dict[str, Any]:
     """``config.json`` with exactly the released fields; ``sparse_config`` only when given."""
-    head_dim = hidden_size // num_q_heads
-    factors = [round(1.0 + 0.1 * i, 4) for i in range(head_dim // 2)]
+    factors = [
+        round(1.0 + 0.1 * i, 4) for i in range((head_dim or hidden_size // num_q_heads) // 2)
+    ]
     config: dict[str, Any] = {
         "architectures": ["MiniCPMForCausalLM"],
         "auto_map": {
@@ -174,6 +176,8 @@ def tiny_config(
     }
     if sparse_config is not None:
         config["sparse_config"] = sparse_config
+    if head_dim is not None:  # the released file has none: it is derived
+        config["head_dim"] = head_dim
     return config | overrides
 
 
@@ -185,6 +189,7 @@ def write_tiny_checkpoint(
     intermediate_size: int = 384,
     num_q_heads: int = 32,
     num_kv_heads: int = 2,
+    head_dim: int | None = None,
     vocab_size: int | None = None,
     max_position_embeddings: int = 65536,
     sparse_config: dict[str, Any] | None = None,
@@ -208,6 +213,7 @@ def write_tiny_checkpoint(
         intermediate_size=intermediate_size,
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         vocab_size=vocab_size,
         max_position_embeddings=max_position_embeddings,
         sparse_config=sparse_config,

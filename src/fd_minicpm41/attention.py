@@ -14,7 +14,7 @@ import paddle
 from fastdeploy.model_executor.layers.attention import AppendAttentionBackend
 
 from fd_minicpm41 import ops
-from fd_minicpm41.cache import compressed_keys_share
+from fd_minicpm41.cache import compressed_keys_of, compressed_keys_share
 from fd_minicpm41.config import BLOCK_SIZE
 from fd_minicpm41.metadata import InfLLMV2AttentionMetadata
 from fd_minicpm41.preflight import check_sparse_attention, served_sparse_config
@@ -60,8 +60,14 @@ class InfLLMV2AttentionBackend(AppendAttentionBackend):
     def init_attention_metadata(self, forward_meta: ForwardMeta) -> None:
         """Translates the step's lengths; allocates the compressed keys when new caches appear."""
         super().init_attention_metadata(forward_meta)
-        if not self.is_never_sparse and forward_meta.caches:
-            self.step = InfLLMV2AttentionMetadata.from_forward_meta(forward_meta)
+        if self.is_never_sparse or not forward_meta.caches:
+            return
+        for k_cache in forward_meta.caches[::2]:
+            compressed_keys_of(k_cache)
+        self.step = InfLLMV2AttentionMetadata.from_forward_meta(forward_meta)
+        if logger.isEnabledFor(logging.DEBUG):
+            counts = self.step.count_rows(self.sparse.dense_len)
+            logger.debug("fd_minicpm41: %d sparse rows, %d dense rows in this step", *counts)
 
     def forward_mixed(
         self,
@@ -87,7 +93,7 @@ class InfLLMV2AttentionBackend(AppendAttentionBackend):
         assert self.step is not None, "init_attention_metadata was not called before this step"
         step, sparse = self.step, self.sparse
         k_cache, v_cache = forward_meta.caches[2 * layer.layer_id : 2 * layer.layer_id + 2]
-        k1_cache, k2_cache = step.compressed_keys[layer.layer_id]
+        k1_cache, k2_cache = compressed_keys_of(k_cache)
         ops.rope_and_write_kv(qkv, forward_meta.rotary_embs, k_cache, v_cache, *step.batch)
         ops.compress_keys(k_cache, k1_cache, k2_cache, step.compress_from, *step.batch)
         topk_idx = ops.select_blocks(qkv, k1_cache, k2_cache, *step.batch, sparse, overlap=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import paddle
-
-from fd_minicpm41.cache import CompressedKeys, compressed_keys_of
 
 if TYPE_CHECKING:
     from fastdeploy.model_executor.forward_meta import ForwardMeta
@@ -38,12 +37,10 @@ class InfLLMV2AttentionMetadata:
     Attributes:
         batch: the requests of the step.
         compress_from: int32 ``[batch_size]``, first token whose windows are computed this step.
-        compressed_keys: of each layer.
     """
 
     batch: Batch
     compress_from: paddle.Tensor
-    compressed_keys: tuple[CompressedKeys, ...]
 
     @classmethod
     def from_forward_meta(cls, forward_meta: ForwardMeta) -> InfLLMV2AttentionMetadata:
@@ -65,8 +62,16 @@ class InfLLMV2AttentionMetadata:
                 block_tables=forward_meta.block_tables,
             ),
             compress_from=compress_from,
-            compressed_keys=tuple(compressed_keys_of(k) for k in forward_meta.caches[::2]),
         )
+
+    def count_rows(self, dense_len: int) -> tuple[int, int]:
+        """Sparse and dense rows of the step; copies to the host, so for a debug log alone."""
+        owners = self.batch.batch_id_per_token.numpy()
+        rows = np.flatnonzero(owners >= 0)
+        owners = owners[rows]
+        starts = self.batch.history_lens.numpy() - self.batch.cu_seqlens_q.numpy()[:-1]
+        is_sparse = starts[owners] + rows + 1 >= dense_len
+        return int(is_sparse.sum()), int((~is_sparse).sum())
 
 
 def _flat(lens: paddle.Tensor) -> paddle.Tensor:

@@ -124,7 +124,12 @@ def check_sparse_attention(fd_config: Any) -> None:
     """
     sparse = served_sparse_config(fd_config.model_config.model)
     cache_config, parallel_config = fd_config.cache_config, fd_config.parallel_config
-    model_config, quant_config = fd_config.model_config, fd_config.quant_config
+    model_config = fd_config.model_config
+    # The engine knows what was asked for, the worker what was made of it.
+    asked = model_config.quantization if isinstance(model_config.quantization, dict) else {}
+    kv_quantization = asked.get("kv_cache_quant_type") or getattr(
+        fd_config.quant_config, "kv_cache_quant_type", None
+    )
     dense = f"or serve it densely with {BACKEND_VARIABLE}=APPEND_ATTN"
     refusals = (
         (
@@ -149,8 +154,9 @@ def check_sparse_attention(fd_config: Any) -> None:
             "--speculative-config",
         ),
         (
-            getattr(quant_config, "kv_cache_quant_type", None) is not None,
-            "the KV cache is quantised, wanted 16-bit pages: remove kv_cache_quant_type",
+            kv_quantization is not None,
+            f"kv_cache_quant_type is {kv_quantization!r}, wanted 16-bit pages: remove it from "
+            "--quantization",
         ),
         (
             parallel_config.tensor_parallel_size > model_config.num_key_value_heads,

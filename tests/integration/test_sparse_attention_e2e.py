@@ -160,7 +160,7 @@ def test_the_switch_can_be_overridden(checkpoint: Path, tmp_path: Path) -> None:
         (
             ["--quantization", '{"quantization": "mix_quant", "kv_cache_quant_type": "int8"}'],
             {},
-            "the KV cache is quantised",
+            "kv_cache_quant_type is 'int8', wanted 16-bit pages",
         ),
     ],
     ids=["disaggregation", "tensor-parallel", "dense-len", "speculative", "kv-quant"],

@@ -15,12 +15,14 @@ from __future__ import annotations
 import argparse
 import importlib.abc
 import importlib.machinery
+import os
 import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
 import host_ops
+import record_ops
 
 OPS_MODULE = "fastdeploy.model_executor.ops.gpu"
 # The shim's GPU: an Ampere of 16 GiB, old enough that no Hopper-only path is taken.
@@ -88,6 +90,13 @@ def _ops_module(name: str) -> _OpsModule:
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     sys.modules[name] = module
     return module
+
+
+@_after_import("fd_minicpm41.ops")
+def _record_op_calls(ops: Any) -> None:
+    folder = os.environ.get("FD_MINICPM41_TEST_TRACE")
+    if folder:
+        record_ops.install(ops, folder)
 
 
 class _Event:
