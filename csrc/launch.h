@@ -1,5 +1,6 @@
-// The functions a caller may launch, the same names on each side. Every function checks what the host
-// can know (shapes, dtype, geometry) before it touches memory, and says what it wanted and what it got.
+// The functions a caller may launch, the same names on each side. Every function checks what the
+// host can know (shapes, dtype, geometry) before it touches memory, and says what it wanted and
+// what it got.
 #pragma once
 
 #include <string>
