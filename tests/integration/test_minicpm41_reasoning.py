@@ -16,7 +16,11 @@ from host.host import missing_host, run_script, server
 from scripted_checkpoint import script_tag, scripted_tokenizer, write_scripted_checkpoint
 
 MISSING = missing_host()
-pytestmark = [pytest.mark.host, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+pytestmark = [
+    pytest.mark.host,
+    pytest.mark.slow,
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
+]
 openai = pytest.importorskip("openai", reason="the OpenAI client comes with FastDeploy")
 
 OPEN, CLOSE = ["<thi", "nk>"], ["</", "thi", "nk>"]
@@ -62,11 +66,21 @@ def checkpoint(tmp_path_factory):
 
 @contextlib.contextmanager
 def serving(
-    checkpoint, logs, *, pages, seqs=16, prefill=512, context=1024, extra_path=(), **variables
+    checkpoint,
+    logs,
+    *,
+    pages,
+    seqs=16,
+    prefill=512,
+    context=1024,
+    flags=(),
+    extra_path=(),
+    **variables,
 ):
     """A client of a server with so many pages, slots, tokens in a prefill and in all."""
     arguments = ["--num-gpu-blocks-override", str(pages), "--max-num-seqs", str(seqs)]
     arguments += ["--max-num-batched-tokens", str(prefill), "--max-model-len", str(context)]
+    arguments += flags
     with server(checkpoint, logs, arguments, extra_path=extra_path, variables=variables) as started:
         yield openai.OpenAI(
             base_url=f"{started.url}/v1", api_key="none", max_retries=0, timeout=120
@@ -389,13 +403,14 @@ def test_preempted_requests_keep_their_budgets(checkpoint, tmp_path_factory):
     assert any("Preempted request id" in text for text in texts)
 
 
-def test_closing_sentence_and_default_budget_of_the_server(checkpoint, tmp_path_factory):
+def test_closing_sentence_default_budget_and_parsers_by_name(checkpoint, tmp_path_factory):
+    flags = ["--reasoning-parser", "minicpm41", "--tool-call-parser", "minicpm41"]
     environment = {
         "FD_MINICPM41_THINKING_BUDGET": "4",
         "FD_MINICPM41_CLOSING_SENTENCE": "Time is up.",
     }
     logs = tmp_path_factory.mktemp("sentence")
-    with serving(checkpoint, logs, pages=64, **environment) as client:
+    with serving(checkpoint, logs, pages=64, flags=flags, **environment) as client:
         answer = Answer(client, "long", stream=True)
         assert answer.reasoning == "\nzzz\nTime is up.\n"
         assert answer.content == "\nForced answer."
