@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -152,6 +154,7 @@ def test_smallest_budget_wins_and_none_is_unlimited():
     "values",
     [
         {},
+        {"messages": [user("a"), user([{"type": "text", "text": "b"}]), user(None), 7]},
         {"tool_choice": "none", "thinking_budget": 0, "reasoning_max_tokens": None},
         {"tool_choice": "auto", "chat_template_kwargs": {"enable_thinking": False, "extra": 1}},
         {"logits_processors_args": {"logit_bias": {"1": 2}}, "chat_template_kwargs": None},
@@ -175,9 +178,20 @@ def test_good_requests_pass(values):
         ({"chat_template_kwargs": {"enable_thinkin": True}}, "has enable_thinkin, wanted only"),
         ({"chat_template_kwargs": "x"}, "chat_template_kwargs is 'x'"),
         ({"tool_choice": "required"}, "tool_choice is 'required'"),
+        ({"messages": [user([{"type": "image_url"}])]}, "text only"),
         ({"tool_choice": {"type": "function"}}, "tool_choice is"),
     ],
 )
 def test_bad_requests_are_told(values, reason):
     with pytest.raises(UsageError, match=reason):
         check_request(values, ())
+
+
+def test_importing_is_free():
+    """The package alone, as the command line and the entry points load it."""
+    code = (
+        "import sys, fd_minicpm41.hybrid_reasoning; "
+        "print([m for m in ('paddle', 'fastdeploy', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -26,7 +26,7 @@ def bundled_template() -> str:
     return resources.files("fd_minicpm41").joinpath("data/chat_template.jinja").read_text("utf-8")
 
 
-def _text(content: Any) -> str:
+def message_text(content: Any) -> str:
     """A message's content, which may be absent or a list of text parts, as one string."""
     if content is None:
         return ""
@@ -72,7 +72,7 @@ def prepare_messages(
     prepared = []
     for message in messages:
         copy = {k: v for k, v in message.items() if k != "reasoning_content"}
-        copy["content"] = _text(message.get("content"))
+        copy["content"] = message_text(message.get("content"))
         if message.get("role") == "assistant":
             copy["content"] = without_reasoning(copy["content"], mode)
             if write_calls and copy.get("tool_calls"):
@@ -85,7 +85,7 @@ def prompt_switch(messages: Sequence[Mapping[str, Any]]) -> bool | None:
     """What the last user message says of thinking: the last of /think and /no_think in it."""
     for message in reversed(messages):
         if message.get("role") == "user":
-            found = _SWITCH.findall(_text(message.get("content")))
+            found = _SWITCH.findall(message_text(message.get("content")))
             return None if not found else found[-1] == ""
     return None
 

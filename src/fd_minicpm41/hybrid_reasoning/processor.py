@@ -41,6 +41,9 @@ from fd_minicpm41.hybrid_reasoning.request import check_request, request_budget
 from fd_minicpm41.hybrid_reasoning.thinking_budget import BUDGET_KEY, GENERATED_KEY, START_KEY
 from fd_minicpm41.hybrid_reasoning.tool_parser import MiniCPM41ToolParser, tools_wanted
 
+# Far more than a server runs at once.
+MAX_REPLIES = 1 << 14
+
 served: MiniCPM41Processor | None = None
 """The processor of this process, once the model it serves is known to be ours."""
 
@@ -222,6 +225,9 @@ class MiniCPM41Processor(_HostProcessor):
         if reply is None:
             ours = issubclass(self.tool_parser_obj, MiniCPM41ToolParser)
             reply = Reply(tools=ours and tools_wanted(kwargs.get("request")))
+            # A client that goes away never finishes its reply.
+            if len(self._replies) >= MAX_REPLIES:
+                self._replies.pop(next(iter(self._replies)))
             self._replies[request_id] = reply
         reply.finished = bool(response_dict["finished"])
         # A reply whose request was not seen here, as in an echo of another process, has no status.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fd_minicpm41.errors import UsageError
+from fd_minicpm41.hybrid_reasoning.chat_template import message_text
 from fd_minicpm41.hybrid_reasoning.mode import check_budget
 
 TEMPLATE_ARGUMENTS = frozenset(
@@ -58,7 +59,8 @@ def check_request(values: Mapping[str, Any], template_arguments: Iterable[str] |
         template_arguments: further names that the chat template knows; ``None`` for any.
 
     Raises:
-        UsageError: a bad budget, switch or tool choice, or an unknown template argument.
+        UsageError: a bad budget, switch or tool choice, an unknown template argument, or a message
+            that is not text.
     """
     _budgets(values)
     if "think_stop_sentence" in _mapping(values, "logits_processors_args"):
@@ -78,6 +80,10 @@ def check_request(values: Mapping[str, Any], template_arguments: Iterable[str] |
     for switch in (template.get("enable_thinking"), values.get("enable_thinking")):
         if switch is not None and not isinstance(switch, bool):
             raise UsageError(f"enable_thinking is {switch!r}, wanted true or false: correct it")
+    messages = values.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, Mapping):
+            message_text(message.get("content"))
     choice = values.get("tool_choice")
     if choice not in (None, "none", "auto"):
         raise UsageError(
