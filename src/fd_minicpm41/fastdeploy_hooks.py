@@ -22,6 +22,7 @@ from typing import Any
 from fd_minicpm41 import __version__
 from fd_minicpm41.config import ARCHITECTURE
 from fd_minicpm41.errors import UsageError
+from fd_minicpm41.hybrid_reasoning.mode import HybridReasoningMode
 from fd_minicpm41.preflight import (
     BACKEND,
     BACKEND_VARIABLE,
@@ -197,6 +198,7 @@ def check_before_start(fd_config: Any) -> None:
         check_context(config, fd_config.model_config.max_model_len)
         if is_served_sparsely(config):
             check_sparse_attention(fd_config)
+        HybridReasoningMode.from_environment()
     except UsageError:
         sys.excepthook = _print_one_line
         raise

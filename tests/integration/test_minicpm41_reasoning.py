@@ -348,6 +348,13 @@ def test_bad_requests_get_400_and_a_reason(client, extra, given, reason):
         Answer(client, "plain", stream=False, extra=extra, **given)
 
 
+def test_a_bad_default_budget_ends_the_start_up(checkpoint, tmp_path):
+    variables = {"FD_MINICPM41_THINKING_BUDGET": "-1"}
+    with server(checkpoint, tmp_path, variables=variables, healthy=False) as started:
+        output = started.wait_for_end()
+    assert "fd_minicpm41: error: FD_MINICPM41_THINKING_BUDGET is '-1', wanted a whole" in output
+
+
 PREEMPT = """
 def register():
     from fastdeploy.engine.sched.resource_manager_v1 import ResourceManagerV1
