@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from checkpoints import write_tiny_checkpoint
 from fd_minicpm41.hybrid_reasoning import HybridReasoningMode, ReplySplitter
 from host.host import missing_host, run_script, server
 from scripted_checkpoint import script_tag, scripted_tokenizer, write_scripted_checkpoint
@@ -424,6 +425,64 @@ def test_closing_sentence_default_budget_and_parsers_by_name(checkpoint, tmp_pat
         # A larger budget of the request replaces the server's.
         answer = Answer(client, "long", stream=False, extra={"thinking_budget": 6})
         assert answer.reasoning == "\nzzzzz\nTime is up.\n"
+
+
+TEMPLATES = """
+import json
+from types import SimpleNamespace
+from fastdeploy.input.preprocess import InputPreprocessor
+
+prompts = []
+for number, (folder, asked) in enumerate(CASES):
+    config = SimpleNamespace(model=folder, architectures=["MiniCPMForCausalLM"], enable_mm=False)
+    processor = InputPreprocessor(config).create_processor()
+    messages = [{"role": "user", "content": "Hi"}]
+    request = {"request_id": f"chatcmpl-{number}_0", "messages": messages, "max_tokens": 9} | asked
+    processor.process_request_dict(request, 2048)
+    prompts.append([request["prompt_tokens"], request["prompt_token_ids"]])
+print("PROMPTS" + json.dumps(prompts))
+"""
+
+
+def test_templates_that_lack_something(tmp_path):
+    """The checkpoint's template serves where it can, the bundled one where it cannot; one BOS."""
+    own = json.loads(
+        (write_tiny_checkpoint(tmp_path / "own") / "tokenizer_config.json").read_text()
+    )
+    variants = {
+        "own": own,
+        "none": {k: v for k, v in own.items() if k != "chat_template"},
+        "bos": own | {"chat_template": "<s><s>" + own["chat_template"]},
+        "no switch": own | {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"},
+    }
+    for name, values in variants.items():
+        folder = write_tiny_checkpoint(tmp_path / name)
+        (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    chat = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    asked = [
+        ("own", {}, chat),
+        ("own", off, chat + "<think>\n\n</think>\n"),
+        ("own", {"tools": TOOLS}, None),
+        ("none", {}, chat),
+        ("bos", {}, "<s><s>" + chat),
+        ("no switch", {}, "Hi"),
+        ("no switch", off, chat + "<think>\n\n</think>\n"),
+    ]
+    cases = [(str(tmp_path / name), values) for name, values, _ in asked]
+    variables = {"FD_PLUGINS": "fd_minicpm41"}
+    done = run_script(f"CASES = {cases!r}\n" + TEMPLATES, tmp_path, variables=variables)
+    assert "PROMPTS" in done.stdout, done.stderr[-3000:]
+    prompts = json.loads(done.stdout.rpartition("PROMPTS")[2])
+    for (name, values, wanted), (text, ids) in zip(asked, prompts, strict=True):
+        assert ids[0] == 1 and ids.count(1) == 1, name
+        if "tools" in values:
+            assert text.startswith("<|im_start|>system\n# Functions") and text.endswith(chat)
+        else:
+            assert text == wanted, name
+    log = (tmp_path / "fastdeploy.log").read_text("utf-8")
+    for missing in ("a tools section", "a chat template", "the enable_thinking switch"):
+        assert log.count(f"fd_minicpm41: the checkpoint lacks {missing}") == 1
 
 
 OWN_PROCESSOR = """

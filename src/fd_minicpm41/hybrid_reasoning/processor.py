@@ -71,7 +71,7 @@ def create_processor(**kwargs: Any) -> MiniCPM41Processor:
         served = MiniCPM41Processor(**kwargs)
     except Exception:
         # FastDeploy falls back to its own processor and hardly says so.
-        logger.exception("fd-minicpm41: the data processor failed; thinking will not be split")
+        logger.exception("fd_minicpm41: the data processor failed; thinking will not be split")
         raise
     return served
 
@@ -101,7 +101,7 @@ class MiniCPM41Processor(_HostProcessor):
             self._say_once("a chat template")
             self.tokenizer.chat_template = bundled_template()
         logger.info(
-            "fd-minicpm41: reasoning parser %s, tool parser %s, default thinking budget %s",
+            "fd_minicpm41: reasoning parser %s, tool parser %s, default thinking budget %s",
             type(self.reasoning_parser).__name__,
             self.tool_parser_obj.__name__,
             "unlimited" if self._mode.budget is None else self._mode.budget,
@@ -116,7 +116,7 @@ class MiniCPM41Processor(_HostProcessor):
         if missing not in self._said:
             self._said.add(missing)
             logger.warning(
-                "fd-minicpm41: the checkpoint has no %s; using the bundled chat template", missing
+                "fd_minicpm41: the checkpoint lacks %s; using the bundled chat template", missing
             )
 
     @cached_property
