@@ -132,77 +132,66 @@ inline Status launch_status(const char* op, cudaError_t error) {
           cudaGetErrorString(error)};
 }
 
-// Readies a kernel for `shape`, in clusters of `cluster` blocks or of the largest power of two
-// below that the device can hold, and sets the grid to one cluster for each of `rows`.
+// Readies a kernel for blocks of `threads` and `shared_bytes` and says how many clusters of
+// `cluster` of them the device runs side by side.
 template <typename... Args>
-cudaError_t fit_cluster(void (*kernel)(Args...), LaunchShape* shape, int cluster, dim3 rows) {
-  struct Fit {
+cudaError_t count_clusters(void (*kernel)(Args...), int threads, int shared_bytes, int cluster,
+                           int* count) {
+  struct Known {
     const void* kernel;
-    int device, shared_bytes, wanted, fits;
+    int device, shared_bytes, cluster, count;
   };
   static std::mutex guard;
-  static std::vector<Fit> known;
+  static std::vector<Known> known;
   const std::lock_guard<std::mutex> lock(guard);
-  int id = 0;
-  cudaError_t error = cudaGetDevice(&id);
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  const auto set = [&](int fits) {
-    shape->cluster = fits;
-    shape->grid = dim3(rows.x * fits, rows.y, rows.z);
-    return cudaSuccess;
-  };
   const void* address = reinterpret_cast<const void*>(kernel);
-  for (const Fit& fit : known) {
-    if (fit.kernel == address && fit.device == id && fit.shared_bytes == shape->shared_bytes &&
-        fit.wanted == cluster) {
-      return set(fit.fits);
-    }
-  }
   // The attribute is the kernel's, not the launch's: never lower what another shape needs.
-  int largest = shape->shared_bytes;
-  for (const Fit& fit : known) {
-    if (fit.kernel == address && fit.device == id) largest = std::max(largest, fit.shared_bytes);
+  int largest = shared_bytes;
+  for (const Known& one : known) {
+    if (one.kernel != address || one.device != device) continue;
+    if (one.shared_bytes == shared_bytes && one.cluster == cluster) {
+      *count = one.count;
+      return cudaSuccess;
+    }
+    largest = std::max(largest, one.shared_bytes);
   }
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, largest);
   constexpr int kPortableCluster = 8;
   if (error == cudaSuccess && cluster > kPortableCluster) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
-  if (error != cudaSuccess) return error;
-  int fits = cluster;
-  for (; fits > 1; fits /= 2) {
+  int found = 0;
+  if (error == cudaSuccess && cluster > 1) {
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = fits;
+    attribute.val.clusterDim.x = cluster;
     attribute.val.clusterDim.y = 1;
     attribute.val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(fits);
-    config.blockDim = dim3(shape->threads);
-    config.dynamicSmemBytes = shape->shared_bytes;
+    config.gridDim = dim3(cluster);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    int active = 0;
-    error = cudaOccupancyMaxActiveClusters(&active, kernel, &config);
-    if (error == cudaSuccess && active > 0) break;
+    // A device without room for such a cluster answers 0 or an error.
+    if (cudaOccupancyMaxActiveClusters(&found, kernel, &config) != cudaSuccess) found = 0;
     cudaGetLastError();
+  } else if (error == cudaSuccess) {
+    int multiprocessors = 0;
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) {
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, threads, shared_bytes);
+    }
+    found *= multiprocessors;
   }
-  known.push_back({address, id, shape->shared_bytes, cluster, fits});
-  return set(fits);
+  if (error != cudaSuccess) return error;
+  known.push_back({address, device, shared_bytes, cluster, found});
+  *count = found;
+  return cudaSuccess;
 }
-
-#ifdef MINICPM41_PROFILE
-__device__ unsigned long long profile_marks[256][20];
-#define MARK(i)                                            \
-  if (threadIdx.x == 0) {                                  \
-    unsigned long long t_;                                 \
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t_)); \
-    const int b_ = blockIdx.x + gridDim.x * blockIdx.y;    \
-    if (b_ < 256) profile_marks[b_][i] = t_;               \
-  }
-#else
-#define MARK(i)
-#endif
 
 // ---- device: numbers ----
 
@@ -234,6 +223,12 @@ struct Pair<__nv_bfloat16> {
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

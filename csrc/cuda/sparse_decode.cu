@@ -2,8 +2,8 @@
 //
 // The list of a (token, kv head) is cut into 16 lanes by its length alone; a lane is worked through
 // in chunks of up to 6 blocks, and chunks, lanes and groups of four lanes are merged in a fixed
-// order. Between 1 and 16 blocks share a list: how many depends on the launch, but since each takes
-// whole lanes and no merge changes its order, the bits of a row do not.
+// order. 1, 4 or 16 thread blocks share a list: how many depends on the launch, but since each
+// takes whole groups or one lane, and no merge changes its order, the bits of a row do not.
 //
 // A chunk goes through a ring of 16 KiB tiles, first its K pages, then its V pages. Each of 8 warps
 // scores 8 keys of every page, the warps agree on one maximum for the chunk, write the weights to
@@ -26,7 +26,7 @@ constexpr int kWarpDims = kHeadDim / kWarps;
 constexpr int kWeightStride = kChunkBlocks * kBlockSize + kChunkBytes / 2;
 constexpr int kQStride = kRowBytes + kChunkBytes;
 constexpr int kWeightBytes = kGroupSize * kWeightStride * 2;
-constexpr int kPartFloats = kGroupSize * kHeadDim + 2 * kGroupSize;  // output, maximum and sum
+constexpr int kPartFloats = kGroupSize * kHeadDim + 2 * kGroupSize;  // output, maxima and sums
 static_assert(kWarpKeys == 8 && kWarpDims == 16, "one n-tile of keys, two of dimensions a warp");
 
 // Partial result of two heads (lane / 4 and + 8) and four dimensions of each: 8 n + 2 (lane % 4).
@@ -104,7 +104,7 @@ static_assert(kPartialFloats == 12, "save and restore name every float");
 
 // Blocks of a list up to lane `lane`.
 __device__ __forceinline__ int lane_begin(int num_blocks, int lane) {
-  return static_cast<int>(int64_t{num_blocks} * lane / kLanes);
+  return num_blocks * lane / kLanes;
 }
 
 // Walks the tiles of lanes [lane, last_lane): for each chunk its K pages, then its V pages.
@@ -143,18 +143,17 @@ __device__ __forceinline__ void store_pair(T* target, float x, float y) {
 }
 
 // One output value from the partial results of all lanes (kParts = 16) or groups (kParts = 4).
-// `part(i)` is the address of partial result i.
-template <int kParts, typename T, typename PartAt>
-__device__ __forceinline__ void combine(const SparseAttentionParams& params, int token, int kv_head,
-                                        int element, PartAt part) {
-  const int head = element / kHeadDim;
-  float peaks[kParts], sums[kParts], outs[kParts];
+// parts[i * stride] is the value, peaks[i * head_stride] and sums[i * head_stride] are its head's.
+template <int kParts, typename T>
+__device__ __forceinline__ void combine(const SparseAttentionParams& params, int token, int q_head,
+                                        int dim, const float* parts, const float* peaks,
+                                        const float* sums, int stride, int head_stride) {
+  float part_peaks[kParts], part_sums[kParts], part_outs[kParts];
 #pragma unroll
   for (int i = 0; i < kParts; ++i) {
-    const float* source = part(i);
-    outs[i] = source[element];
-    peaks[i] = source[kGroupSize * kHeadDim + head];
-    sums[i] = source[kGroupSize * kHeadDim + kGroupSize + head];
+    part_outs[i] = parts[i * stride];
+    part_peaks[i] = peaks[i * head_stride];
+    part_sums[i] = sums[i * head_stride];
   }
   constexpr int kInner = kParts == kLanes ? kGroupLanes : 1;
   float peak = -INFINITY, sum = 0.0f, out = 0.0f;
@@ -163,22 +162,21 @@ __device__ __forceinline__ void combine(const SparseAttentionParams& params, int
     float group_peak = -INFINITY, group_sum = 0.0f, group_out = 0.0f;
 #pragma unroll
     for (int j = i; j < i + kInner; ++j) {
-      const Weights w = merge_weights(group_peak, peaks[j]);
+      const Weights w = merge_weights(group_peak, part_peaks[j]);
       group_peak = w.peak;
-      group_sum = merged(w, group_sum, sums[j]);
-      group_out = merged(w, group_out, outs[j]);
+      group_sum = merged(w, group_sum, part_sums[j]);
+      group_out = merged(w, group_out, part_outs[j]);
     }
     const Weights w = merge_weights(peak, group_peak);
     peak = w.peak;
     sum = merged(w, sum, group_sum);
     out = merged(w, out, group_out);
   }
-  const int q_head = kv_head * kGroupSize + head;
   T* target = static_cast<T*>(params.out) + token * params.out_stride + q_head * kHeadDim;
   const float value = __fmul_rn(out, inverse(sum));
   const float next = __shfl_down_sync(kAllLanes, value, 1);
-  if (element % 2 == 0) store_pair(target + element % kHeadDim, value, next);
-  if (params.lse != nullptr && element % kHeadDim == 0) {
+  if (dim % 2 == 0) store_pair(target + dim, value, next);
+  if (params.lse != nullptr && dim == 0) {
     params.lse[int64_t{token} * params.heads.num_q_heads + q_head] = natural_lse(peak, sum);
   }
 }
@@ -197,14 +195,14 @@ __device__ __forceinline__ void write_padding(const SparseAttentionParams& param
   }
 }
 
-int shared_bytes(int stages, int budget) {
-  return stages * kTileBytes + kWeightBytes + kSavedBytes +
-         2 * budget * static_cast<int>(sizeof(int32_t));
-}
+// Either the groups that a block working alone has merged so far, or, for the heads that a block of
+// a cluster merges, the parts of all its blocks.
+constexpr int kReceivedBytes = kPartFloats * sizeof(float);
+constexpr int kMergeBytes = kSavedBytes > kReceivedBytes ? kSavedBytes : kReceivedBytes;
 
-// Partial results a block leaves for others to merge: its lanes, or its groups of lanes.
-__host__ __device__ constexpr int parts_per_block(int splits) {
-  return splits == 8 || splits == 2 ? 2 : 1;
+int shared_bytes(int stages, int budget) {
+  return stages * kTileBytes + kWeightBytes + kMergeBytes +
+         2 * budget * static_cast<int>(sizeof(int32_t));
 }
 
 template <typename T, int kStages>
@@ -216,15 +214,14 @@ __global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
   __shared__ float warp_sums[kWarps][kGroupSize];
   unsigned char* ring = shared;
   T* weights = reinterpret_cast<T*>(shared + kStages * kTileBytes);
-  // Groups merged so far, by a block that takes several.
-  float* total =
-      reinterpret_cast<float*>(shared + kStages * kTileBytes + kWeightBytes) + threadIdx.x;
+  float* merging = reinterpret_cast<float*>(shared + kStages * kTileBytes + kWeightBytes);
   int32_t* ids =
-      reinterpret_cast<int32_t*>(shared + kStages * kTileBytes + kWeightBytes + kSavedBytes);
+      reinterpret_cast<int32_t*>(shared + kStages * kTileBytes + kWeightBytes + kMergeBytes);
   int32_t* id_pages = ids + params.budget;
 
-  const int rank = blockIdx.x % splits;
-  const int token = blockIdx.x / splits;
+  const int splits_log2 = __ffs(splits) - 1;  // 1, 4 or 16
+  const int rank = blockIdx.x & (splits - 1);
+  const int token = blockIdx.x >> splits_log2;
   const int kv_head = blockIdx.y;
   const int thread = threadIdx.x;
   const int warp = thread / kWarpSize;
@@ -238,6 +235,8 @@ __global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
     wait_for_previous_launch();
     return;
   }
+  const int clusters = cluster_size();
+  if (clusters > 1) cluster_arrive();
   const int own = row.position / kBlockSize;
   touch_table(row.pages, own + 1);
   // The heads of the group in shared memory: in registers they would leave no room for the
@@ -305,10 +304,20 @@ __global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) load_tile();
 
+  // With registers to spare the queries stay there.
+  uint32_t q[kStages > 5 ? kKSteps : 1][4];
+  if constexpr (kStages > 5) {
+    __syncthreads();
+#pragma unroll
+    for (int step = 0; step < kKSteps; ++step) {
+      ldmatrix_x4(q[step], q_address + step * 2 * kChunkBytes);
+    }
+  }
+
   const float scale_log2 = params.softmax_scale * kLog2e;
   Partial lane_part, group;
   group.clear();
-  if (splits <= 2) save(total, group);
+  if (splits == 1) save(merging + threadIdx.x, group);
   lane_part.clear();
   int read_stage = 0;
   int end = lane_begin(num_blocks, first_lane);
@@ -321,38 +330,54 @@ __global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
       const int count = end - begin;
       __syncthreads();  // the chunk before has read its weights and its last V page
 
+      // The newest page's scores are the last; older ones move up. A loop that is not unrolled: its
+      // instructions are fetched once.
       float scores[kChunkBlocks][4];
       float peak[2] = {-INFINITY, -INFINITY};
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        wait_copies<kStages - 2>();
+        __syncwarp();
+        load_tile();
+        const uint32_t stage = ring_address + read_stage * kTileBytes;
+        read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
+        float odd[4] = {};
 #pragma unroll
-      for (int i = 0; i < kChunkBlocks; ++i) {
-        if (i < count) {
-          wait_copies<kStages - 2>();
-          __syncwarp();
-          load_tile();
-          const uint32_t stage = ring_address + read_stage * kTileBytes;
-          read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
-          float odd[4] = {};
+        for (int c = 0; c < 4; ++c) {
 #pragma unroll
-          for (int c = 0; c < 4; ++c) scores[i][c] = 0.0f;
-#pragma unroll
-          for (int step = 0; step < kKSteps; step += 2) {
-            uint32_t keys[4];
-            uint32_t q[4];
-            ldmatrix_x4(keys, stage +
-                                  (step % 4 == 0 ? key_offset : key_offset ^ (4 * kChunkBytes)) +
-                                  step / 4 * 8 * kChunkBytes);
-            ldmatrix_x4(q, q_address + step * 2 * kChunkBytes);
-            mma_16x8x16<T>(scores[i], q, keys[0], keys[1]);
-            ldmatrix_x4(q, q_address + (step + 1) * 2 * kChunkBytes);
-            mma_16x8x16<T>(odd, q, keys[2], keys[3]);
+          for (int older = 0; older + 1 < kChunkBlocks; ++older) {
+            scores[older][c] = scores[older + 1][c];
           }
-          const int id = is_dense ? begin + i : ids[begin + i];
+          scores[kChunkBlocks - 1][c] = 0.0f;
+        }
+        float (&newest)[4] = scores[kChunkBlocks - 1];
+        uint32_t keys[kKSteps / 2][4];
+        // With registers to spare, all loads go first.
+        constexpr int kAhead = kStages > 5 ? kKSteps / 2 : 1;
 #pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const int key = warp * kWarpKeys + column + c % 2;
-            scores[i][c] = id < own || key <= last_key ? scores[i][c] + odd[c] : -INFINITY;
-            peak[c / 2] = fmaxf(peak[c / 2], scores[i][c]);
+        for (int two = 0; two < kKSteps / 2; two += kAhead) {
+#pragma unroll
+          for (int k = two; k < two + kAhead; ++k) {
+            ldmatrix_x4(keys[k], stage +
+                                     (k % 2 == 0 ? key_offset : key_offset ^ (4 * kChunkBytes)) +
+                                     k / 2 * 8 * kChunkBytes);
           }
+#pragma unroll
+          for (int k = two; k < two + kAhead; ++k) {
+            if constexpr (kStages <= 5) ldmatrix_x4(q[0], q_address + 2 * k * 2 * kChunkBytes);
+            mma_16x8x16<T>(newest, q[kStages > 5 ? 2 * k : 0], keys[k][0], keys[k][1]);
+            if constexpr (kStages <= 5) {
+              ldmatrix_x4(q[0], q_address + (2 * k + 1) * 2 * kChunkBytes);
+            }
+            mma_16x8x16<T>(odd, q[kStages > 5 ? 2 * k + 1 : 0], keys[k][2], keys[k][3]);
+          }
+        }
+        const int id = is_dense ? begin + i : ids[begin + i];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int key = warp * kWarpKeys + column + c % 2;
+          newest[c] = id < own || key <= last_key ? newest[c] + odd[c] : -INFINITY;
+          peak[c / 2] = fmaxf(peak[c / 2], newest[c]);
         }
       }
 #pragma unroll
@@ -373,11 +398,12 @@ __global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
         const float base = peak[r] == -INFINITY ? 0.0f : chunk.peak[r];
 #pragma unroll
         for (int i = 0; i < kChunkBlocks; ++i) {
-          if (i < count) {
+          const int page = i - (kChunkBlocks - count);
+          if (page >= 0) {
             const float x = exp2_approx(__fmaf_rn(scores[i][2 * r], scale_log2, -base));
             const float y = exp2_approx(__fmaf_rn(scores[i][2 * r + 1], scale_log2, -base));
             sum[r] += x + y;
-            store_pair(weights + (head + 8 * r) * kWeightStride + i * kBlockSize +
+            store_pair(weights + (head + 8 * r) * kWeightStride + page * kBlockSize +
                            warp * kWarpKeys + column,
                        x, y);
           }
@@ -393,24 +419,42 @@ __global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
 #pragma unroll
         for (int c = 0; c < 4; ++c) chunk.out[n][c] = 0.0f;
       }
+      // Once every tile of the block is on its way, one wait does for all that are left.
+      const bool is_last = kStages > 5 && loading.done();
+      if (is_last) {
+        wait_copies<0>();
+        __syncthreads();
+      }
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
-        wait_copies<kStages - 2>();
-        __syncthreads();  // all rows of this V page have landed, the page before is read
-        load_tile();
+        if (!is_last) {
+          wait_copies<kStages - 2>();
+          __syncthreads();  // all rows of this V page have landed, the page before is read
+          load_tile();
+        }
         const uint32_t stage = ring_address + read_stage * kTileBytes;
         read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
+        constexpr int kSteps = kBlockSize / 16;
+        constexpr int kAhead = kStages > 5 ? kSteps : 1;
+        uint32_t w[kSteps][4];
+        uint32_t values[kSteps][4];
 #pragma unroll
-        for (int step = 0; step < kBlockSize / 16; ++step) {
-          uint32_t w[4];
-          ldmatrix_x4(w, weights_address + ((lane % 16) * kWeightStride + i * kBlockSize +
-                                            step * 16 + lane / 16 * 8) *
-                                               2);
-          uint32_t values[4];
-          ldmatrix_x4_trans(values, stage + swizzled(step * 16 + lane % 16, warp * 2 + lane / 16));
+        for (int first = 0; first < kSteps; first += kAhead) {
 #pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            mma_16x8x16<T>(step % 2 ? odd[n] : chunk.out[n], w, values[2 * n], values[2 * n + 1]);
+          for (int step = first; step < first + kAhead; ++step) {
+            ldmatrix_x4(w[step], weights_address + ((lane % 16) * kWeightStride + i * kBlockSize +
+                                                    step * 16 + lane / 16 * 8) *
+                                                       2);
+            ldmatrix_x4_trans(values[step],
+                              stage + swizzled(step * 16 + lane % 16, warp * 2 + lane / 16));
+          }
+#pragma unroll
+          for (int step = first; step < first + kAhead; ++step) {
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+              mma_16x8x16<T>(step % 2 ? odd[n] : chunk.out[n], w[step], values[step][2 * n],
+                             values[step][2 * n + 1]);
+            }
           }
         }
       }
@@ -427,22 +471,19 @@ __global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
       }
       merge(lane_part, chunk);
     }
-    // What is merged here and what is left to `combine` follows from `splits`; see parts_per_block.
-    if (splits <= 4) {
+    if (splits < kLanes) {
       merge(group, lane_part);
       if (list_lane % kGroupLanes == kGroupLanes - 1 && list_lane + 1 < last_lane) {
-        Partial sum = restore(total);
+        Partial sum = restore(merging + threadIdx.x);
         merge(sum, group);
-        save(total, sum);
+        save(merging + threadIdx.x, sum);
         group.clear();
       }
-    } else if (list_lane + 1 < last_lane) {
-      group = lane_part;
     }
   }
 
   if (splits == 1) {
-    Partial sum = restore(total);
+    Partial sum = restore(merging + threadIdx.x);
     merge(sum, group);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -464,61 +505,49 @@ __global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
     return;
   }
 
-  const int clusters = cluster_size();
-  const int parts = parts_per_block(splits);
+  // A lane if 16 blocks share the list, a group of lanes if 4 do. Within a cluster each block
+  // merges the heads it is sent; else the whole part goes to the workspace, for combine_kernel.
   const int row_index = token * kv_heads + kv_head;
-  // In the ring, which nothing reads any more, or, without clusters, in the workspace.
-  float* own_parts = clusters > 1 ? reinterpret_cast<float*>(ring)
-                                  : static_cast<float*>(params.workspace) +
-                                        (int64_t{row_index} * splits + rank) * parts * kPartFloats;
-  __syncthreads();
-  const auto publish = [&](const Partial& part, float* target) {
+  const int heads_each = clusters > 1 ? kGroupSize / splits : kGroupSize;
+  float* parts = clusters > 1 ? merging
+                              : static_cast<float*>(params.workspace) +
+                                    int64_t{row_index} * splits * kPartFloats;
+  // [splits, heads_each, kHeadDim], then the maxima and the sums, [splits, heads_each] each.
+  if (clusters > 1) cluster_wait();  // every block of the cluster runs: its memory may be written
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+  for (int r = 0; r < 2; ++r) {
+    const int mine = head + 8 * r;
+    float* target = clusters > 1 ? in_block(parts, mine / heads_each) : parts;
+    const int slot = rank * heads_each + mine % heads_each;
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        *reinterpret_cast<float2*>(target + (head + 8 * r) * kHeadDim + warp * kWarpDims + n * 8 +
-                                   column) =
-            make_float2(part.out[n][2 * r], part.out[n][2 * r + 1]);
-      }
-      if (warp == 0 && lane % 4 == 0) {
-        target[kGroupSize * kHeadDim + head + 8 * r] = part.peak[r];
-        target[kGroupSize * kHeadDim + kGroupSize + head + 8 * r] = part.sum[r];
-      }
+    for (int n = 0; n < 2; ++n) {
+      const float x = splits == kLanes ? lane_part.out[n][2 * r] : group.out[n][2 * r];
+      const float y = splits == kLanes ? lane_part.out[n][2 * r + 1] : group.out[n][2 * r + 1];
+      *reinterpret_cast<float2*>(target + slot * kHeadDim + warp * kWarpDims + n * 8 + column) =
+          make_float2(x, y);
     }
-  };
-  switch (splits) {
-    case 16:
-      publish(lane_part, own_parts);
-      break;
-    case 8:
-      publish(group, own_parts);
-      publish(lane_part, own_parts + kPartFloats);
-      break;
-    case 4:
-      publish(group, own_parts);
-      break;
-    default:
-      publish(restore(total), own_parts);
-      publish(group, own_parts + kPartFloats);
+    if (warp == 0 && lane % 4 == 0) {
+      float* peaks = target + splits * heads_each * kHeadDim;
+      peaks[slot] = splits == kLanes ? lane_part.peak[r] : group.peak[r];
+      peaks[splits * heads_each + slot] = splits == kLanes ? lane_part.sum[r] : group.sum[r];
+    }
   }
-
   if (clusters > 1) {
     cluster_arrive();
     cluster_wait();
-    const auto part = [&](int i) {
-      return in_block(own_parts, i / parts) + i % parts * kPartFloats;
-    };
-    const int elements = kGroupSize * kHeadDim / splits;
-    for (int i = thread; i < elements; i += kThreads) {
-      if (splits > 4) {
-        combine<kLanes, T>(params, token, kv_head, rank * elements + i, part);
+    const float* peaks = parts + splits * heads_each * kHeadDim;
+    const float* sums = peaks + splits * heads_each;
+    for (int i = thread; i < heads_each * kHeadDim; i += kThreads) {
+      const int local = i / kHeadDim;
+      const int q_head = kv_head * kGroupSize + rank * heads_each + local;
+      if (splits == kLanes) {
+        combine<kLanes, T>(params, token, q_head, i % kHeadDim, parts + i, peaks + local,
+                           sums + local, heads_each * kHeadDim, heads_each);
       } else {
-        combine<kGroupLanes, T>(params, token, kv_head, rank * elements + i, part);
+        combine<kGroupLanes, T>(params, token, q_head, i % kHeadDim, parts + i, peaks + local,
+                                sums + local, heads_each * kHeadDim, heads_each);
       }
     }
-    cluster_arrive();  // no block may end while others read its memory
-    cluster_wait();
   }
   wait_for_previous_launch();
 }
@@ -531,15 +560,19 @@ __global__ void __launch_bounds__(kThreads)
   const int kv_head = blockIdx.y;
   if (__ldg(params.batch.batch_id_per_token + token) < 0) return;
   const int row_index = token * params.heads.num_kv_heads + kv_head;
-  const int parts = parts_per_block(splits);
-  const float* first = static_cast<const float*>(params.workspace) +
-                       int64_t{row_index} * splits * parts * kPartFloats;
-  const auto part = [&](int i) { return first + i * kPartFloats; };
+  const float* parts =
+      static_cast<const float*>(params.workspace) + int64_t{row_index} * splits * kPartFloats;
+  const float* peaks = parts + splits * kGroupSize * kHeadDim;
+  const float* sums = peaks + splits * kGroupSize;
   for (int i = threadIdx.x; i < kGroupSize * kHeadDim; i += kThreads) {
-    if (splits > 4) {
-      combine<kLanes, T>(params, token, kv_head, i, part);
+    const int head = i / kHeadDim;
+    const int q_head = kv_head * kGroupSize + head;
+    if (splits == kLanes) {
+      combine<kLanes, T>(params, token, q_head, i % kHeadDim, parts + i, peaks + head, sums + head,
+                         kGroupSize * kHeadDim, kGroupSize);
     } else {
-      combine<kGroupLanes, T>(params, token, kv_head, i, part);
+      combine<kGroupLanes, T>(params, token, q_head, i % kHeadDim, parts + i, peaks + head,
+                              sums + head, kGroupSize * kHeadDim, kGroupSize);
     }
   }
 }
@@ -553,16 +586,24 @@ DecodeKernel kernel_with(int stages) {
   return sparse_decode_kernel<T, 3>;
 }
 
-// Blocks that share a list: enough to fill the device when there are few rows, and more when a
-// dense row may be much longer than the budget. Shapes alone decide.
-int splits_for(const SparseAttentionParams& params) {
-  constexpr int kBlocksWanted = 264;
-  const int64_t rows = int64_t{params.batch.num_tokens} * params.heads.num_kv_heads;
+int64_t rows_of(const SparseAttentionParams& params) {
+  return int64_t{params.batch.num_tokens} * params.heads.num_kv_heads;
+}
+
+// Whether a dense row may be so much longer than the others that every list is cut as far as it
+// goes.
+bool has_long_rows(const SparseAttentionParams& params) {
   const int dense_blocks =
       std::min(params.batch.max_blocks, std::max(params.dense_len, 0) / kBlockSize + 1);
-  const int64_t wanted = kBlocksWanted * (dense_blocks > 2 * params.budget ? 4 : 1);
-  int splits = 1;
-  while (splits < kLanes && 2 * splits * rows <= wanted) splits *= 2;
+  return dense_blocks > 2 * params.budget;
+}
+
+// Thread blocks that share a list on a device without clusters. Shapes alone decide.
+int splits_without_clusters(const SparseAttentionParams& params) {
+  constexpr int kBlocksWanted = 216;  // two for each multiprocessor of an A100
+  if (has_long_rows(params) && rows_of(params) <= kBlocksWanted) return kLanes;
+  int splits = kLanes;
+  while (splits > 1 && splits * rows_of(params) > kBlocksWanted) splits /= kGroupLanes;
   return splits;
 }
 
@@ -571,10 +612,8 @@ int splits_for(const SparseAttentionParams& params) {
 int64_t sparse_attention_workspace(const SparseAttentionParams& params) {
   Device device;
   if (!current_device("sparse_attention", &device).ok() || device.has_clusters()) return 0;
-  const int splits = splits_for(params);
-  if (splits == 1) return 0;
-  return int64_t{params.batch.num_tokens} * params.heads.num_kv_heads * splits *
-         parts_per_block(splits) * kPartFloats * static_cast<int64_t>(sizeof(float));
+  const int splits = splits_without_clusters(params);
+  return splits == 1 ? 0 : rows_of(params) * splits * kPartFloats * int64_t{sizeof(float)};
 }
 
 Status run_sparse_attention(const SparseAttentionParams& params, void* stream) {
@@ -589,38 +628,55 @@ Status run_sparse_attention(const SparseAttentionParams& params, void* stream) {
   if (!status.ok()) return status;
 
   constexpr int kStaticBytes = 6 * 1024;
-  constexpr int kMultiprocessors = 132;
-  const int splits = splits_for(params);
-  const int64_t blocks = int64_t{params.batch.num_tokens} * params.heads.num_kv_heads * splits;
-  int stages = 3;
-  for (const int deeper : {5, 12}) {
-    const bool fits = shared_bytes(deeper, params.budget) + kStaticBytes <= device.shared_bytes;
-    if (fits && (deeper == 5 || blocks <= kMultiprocessors)) stages = deeper;
-  }
-  Check check(op);
-  check.require(shared_bytes(stages, params.budget) + kStaticBytes <= device.shared_bytes, "budget",
-                std::to_string(params.budget),
-                "less: a list that long does not fit into the shared memory of this GPU");
-  if (!check.ok()) return check.status();
-
+  const bool is_half = params.heads.dtype == kFloat16;
   LaunchShape shape;
   shape.threads = kThreads;
-  shape.shared_bytes = shared_bytes(stages, params.budget);
   shape.overlap = params.overlap != 0 && device.has_clusters();
-  const dim3 rows(params.batch.num_tokens, params.heads.num_kv_heads);
-  const bool is_half = params.heads.dtype == kFloat16;
-  const DecodeKernel kernel =
-      is_half ? kernel_with<__half>(stages) : kernel_with<__nv_bfloat16>(stages);
-  cudaError_t error = fit_cluster(kernel, &shape, device.has_clusters() ? splits : 1, rows);
-  if (error != cudaSuccess) return launch_status(op, error);
+  DecodeKernel kernel = nullptr;
+  // Readies the kernel with rings of so many stages; false if they do not fit.
+  const auto choose = [&](int stages) {
+    shape.shared_bytes = shared_bytes(stages, params.budget);
+    if (shape.shared_bytes + kStaticBytes > device.shared_bytes) return false;
+    kernel = is_half ? kernel_with<__half>(stages) : kernel_with<__nv_bfloat16>(stages);
+    return true;
+  };
+  const auto too_long = [&] {
+    return Check(op)
+        .require(false, "budget", std::to_string(params.budget),
+                 "less: a list that long does not fit into the shared memory of this GPU")
+        .status();
+  };
+  int fits = 0;
+  int splits = 1;
   if (device.has_clusters()) {
-    // A part of a GPU may hold smaller clusters only; the bits of a row do not depend on it.
-    return launch_status(op, launch(kernel, shape, stream, params, shape.cluster));
+    // The most blocks a list that run side by side, with the deepest rings that allows. A device
+    // that holds smaller clusters only takes fewer; the bits of a row do not depend on it.
+    const int stages[] = {12, 5};
+    const bool is_long = has_long_rows(params);
+    bool is_chosen = false;
+    for (splits = kLanes; !is_chosen; splits /= kGroupLanes) {
+      for (const int deep : stages) {
+        if (!choose(deep)) continue;
+        const cudaError_t error =
+            count_clusters(kernel, kThreads, shape.shared_bytes, splits, &fits);
+        if (error != cudaSuccess) return launch_status(op, error);
+        is_chosen = fits >= rows_of(params) || (is_long && deep == 5 && fits > 0);
+        if (is_chosen) break;
+      }
+      if (is_chosen || splits == 1) break;
+    }
+    if (kernel == nullptr) return too_long();
+    shape.cluster = splits;
+  } else {
+    splits = splits_without_clusters(params);
+    if (!choose(5) && !choose(3)) return too_long();
+    const cudaError_t error = count_clusters(kernel, kThreads, shape.shared_bytes, 1, &fits);
+    if (error != cudaSuccess) return launch_status(op, error);
   }
-  shape.grid = dim3(rows.x * splits, rows.y);
-  error = launch(kernel, shape, stream, params, splits);
-  if (error == cudaSuccess && splits > 1) {
-    shape.grid = rows;
+  shape.grid = dim3(params.batch.num_tokens * splits, params.heads.num_kv_heads);
+  cudaError_t error = launch(kernel, shape, stream, params, splits);
+  if (error == cudaSuccess && splits > 1 && !device.has_clusters()) {
+    shape.grid = dim3(params.batch.num_tokens, params.heads.num_kv_heads);
     shape.shared_bytes = 0;
     const DecodeKernel merge = is_half ? combine_kernel<__half> : combine_kernel<__nv_bfloat16>;
     error = launch(merge, shape, stream, params, splits);
