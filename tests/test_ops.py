@@ -53,17 +53,23 @@ class Layer:
         ]
 
     def rope_and_write_kv(self) -> None:
-        ops.rope_and_write_kv(self.qkv, self.rotary_embs, self.k_cache, self.v_cache, *self.batch)
+        ops.rope_and_write_kv(
+            self.qkv, self.rotary_embs, self.k_cache, self.v_cache, ops.Batch(*self.batch)
+        )
 
     def compress_keys(self, compress_from: paddle.Tensor | None = None) -> None:
-        ops.compress_keys(self.k_cache, self.k1_cache, self.k2_cache, compress_from, *self.batch)
+        ops.compress_keys(
+            self.k_cache, self.k1_cache, self.k2_cache, compress_from, ops.Batch(*self.batch)
+        )
 
     def select_blocks(self) -> paddle.Tensor:
-        return ops.select_blocks(self.qkv, self.k1_cache, self.k2_cache, *self.batch, SMALL)
+        return ops.select_blocks(
+            self.qkv, self.k1_cache, self.k2_cache, ops.Batch(*self.batch), SMALL
+        )
 
     def sparse_attention(self, topk_idx: paddle.Tensor) -> paddle.Tensor:
         return ops.sparse_attention(
-            self.qkv, self.k_cache, self.v_cache, topk_idx, *self.batch, SMALL
+            self.qkv, self.k_cache, self.v_cache, topk_idx, ops.Batch(*self.batch), SMALL
         )
 
 

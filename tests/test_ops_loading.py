@@ -20,7 +20,7 @@ int32 = lambda values: paddle.to_tensor(values, dtype="int32")
 k_cache = paddle.ones([1, 1, 64, 16])
 k1_cache, k2_cache = paddle.zeros([1, 1, 4, 16]), paddle.zeros([1, 1, 1, 16])
 batch = int32([0]), int32([0, 1]), int32([1]), int32([31]), int32([[0]])
-ops.compress_keys(k_cache, k1_cache, k2_cache, None, *batch)
+ops.compress_keys(k_cache, k1_cache, k2_cache, None, ops.Batch(*batch))
 assert k1_cache.numpy()[0, 0, :, 0].tolist() == [0, 1, 0, 0]
 """
 

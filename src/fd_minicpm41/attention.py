@@ -94,9 +94,9 @@ class InfLLMV2AttentionBackend(AppendAttentionBackend):
         step, sparse = self.step, self.sparse
         k_cache, v_cache = forward_meta.caches[2 * layer.layer_id : 2 * layer.layer_id + 2]
         k1_cache, k2_cache = compressed_keys_of(k_cache)
-        ops.rope_and_write_kv(qkv, forward_meta.rotary_embs, k_cache, v_cache, *step.batch)
-        ops.compress_keys(k_cache, k1_cache, k2_cache, step.compress_from, *step.batch)
-        topk_idx = ops.select_blocks(qkv, k1_cache, k2_cache, *step.batch, sparse, overlap=True)
+        ops.rope_and_write_kv(qkv, forward_meta.rotary_embs, k_cache, v_cache, step.batch)
+        ops.compress_keys(k_cache, k1_cache, k2_cache, step.compress_from, step.batch)
+        topk_idx = ops.select_blocks(qkv, k1_cache, k2_cache, step.batch, sparse, overlap=True)
         return ops.sparse_attention(
-            qkv, k_cache, v_cache, topk_idx, *step.batch, sparse, overlap=True
+            qkv, k_cache, v_cache, topk_idx, step.batch, sparse, overlap=True
         )

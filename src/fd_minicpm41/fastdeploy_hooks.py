@@ -295,13 +295,12 @@ def _log_to_console() -> None:
 
     FastDeploy leaves the root logger without a handler, so they would be lost otherwise.
     """
-    from fastdeploy import envs
     from fastdeploy.utils import console_logger
 
     for handler in console_logger.handlers:
         if handler not in logger.handlers:
             logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG if envs.FD_DEBUG else logging.INFO)
+    logger.setLevel(logging.DEBUG if os.environ.get("FD_DEBUG") == "1" else logging.INFO)
     logger.propagate = False
 
 

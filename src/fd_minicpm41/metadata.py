@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import paddle
 
+from fd_minicpm41.ops import Batch
+
 if TYPE_CHECKING:
     from fastdeploy.model_executor.forward_meta import ForwardMeta
-
-
-class Batch(NamedTuple):
-    """The requests of one step, in the order every op takes them. All int32, on the device.
-
-    Attributes:
-        batch_id_per_token: ``[num_tokens]``, owner of each row, -1 for padding rows.
-        cu_seqlens_q: ``[batch_size + 1]``.
-        query_lens: ``[batch_size]``, new tokens of each request, 0 for an idle slot.
-        history_lens: ``[batch_size]``, tokens in the cache before this step.
-        block_tables: ``[batch_size, max_blocks]``, logical block to page, -1 padded.
-    """
-
-    batch_id_per_token: paddle.Tensor
-    cu_seqlens_q: paddle.Tensor
-    query_lens: paddle.Tensor
-    history_lens: paddle.Tensor
-    block_tables: paddle.Tensor
 
 
 @dataclass(frozen=True)

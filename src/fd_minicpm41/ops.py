@@ -4,13 +4,6 @@ Importing this module loads nothing; the first call loads the kernels and the Pa
 (:mod:`fd_minicpm41.binding`). CPU tensors run on the CPU side, GPU tensors on the CUDA side, on
 Paddle's stream. All ops walk FastDeploy's paged caches, where a page holds exactly one block.
 
-Every op takes the five tensors of a step, all int32:
-    batch_id_per_token: ``[num_tokens]``, owner of each row, -1 for a padding row.
-    cu_seqlens_q: ``[batch_size + 1]``.
-    query_lens: ``[batch_size]``, new tokens of each request; 0 is an idle slot.
-    history_lens: ``[batch_size]``, tokens in the cache before the step.
-    block_tables: ``[batch_size, max_blocks]``, logical block to page.
-
 ``qkv`` is ``[num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim]`` and shares its dtype
 (float32, float16 or bfloat16) with the caches. Tensors that an op writes to must be contiguous.
 Every op is safe to capture in a CUDA graph: no host synchronisation, and neither shapes nor grids
@@ -23,7 +16,7 @@ ids are looked at on the CPU; a CUDA launch checks what the host can know.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fd_minicpm41 import binding
 
@@ -33,16 +26,31 @@ if TYPE_CHECKING:
     from fd_minicpm41.config import SparseConfig
 
 
+class Batch(NamedTuple):
+    """The requests of one step: what every op takes. All int32, on the device of the caches.
+
+    Attributes:
+        batch_id_per_token: ``[num_tokens]``, owner of each row, -1 for a padding row.
+        cu_seqlens_q: ``[batch_size + 1]``.
+        query_lens: ``[batch_size]``, new tokens of each request; 0 is an idle slot.
+        history_lens: ``[batch_size]``, tokens in the cache before the step.
+        block_tables: ``[batch_size, max_blocks]``, logical block to page; entries beyond a
+            request's length are not read.
+    """
+
+    batch_id_per_token: paddle.Tensor
+    cu_seqlens_q: paddle.Tensor
+    query_lens: paddle.Tensor
+    history_lens: paddle.Tensor
+    block_tables: paddle.Tensor
+
+
 def rope_and_write_kv(
     qkv: paddle.Tensor,
     rotary_embs: paddle.Tensor,
     k_cache: paddle.Tensor,
     v_cache: paddle.Tensor,
-    batch_id_per_token: paddle.Tensor,
-    cu_seqlens_q: paddle.Tensor,
-    query_lens: paddle.Tensor,
-    history_lens: paddle.Tensor,
-    block_tables: paddle.Tensor,
+    batch: Batch,
 ) -> None:
     """Rotates q inside ``qkv`` and writes rotated k and plain v to their pages.
 
@@ -56,8 +64,7 @@ def rope_and_write_kv(
     _run(
         "rope_and_write_kv",
         {"qkv": qkv, "k_cache": k_cache, "v_cache": v_cache},
-        [qkv, rotary_embs, k_cache, v_cache]
-        + [batch_id_per_token, cu_seqlens_q, query_lens, history_lens, block_tables],
+        [qkv, rotary_embs, k_cache, v_cache, *batch],
     )
 
 
@@ -66,11 +73,7 @@ def compress_keys(
     k1_cache: paddle.Tensor,
     k2_cache: paddle.Tensor,
     compress_from: paddle.Tensor | None,
-    batch_id_per_token: paddle.Tensor,
-    cu_seqlens_q: paddle.Tensor,
-    query_lens: paddle.Tensor,
-    history_lens: paddle.Tensor,
-    block_tables: paddle.Tensor,
+    batch: Batch,
 ) -> None:
     """Writes the mean of every window that ends inside ``[compress_from, kv_len)`` of its request.
 
@@ -83,12 +86,11 @@ def compress_keys(
         k2_cache: ``[num_pages, num_kv_heads, 1, head_dim]``, coarse windows, written.
         compress_from: int32 ``[batch_size]``; None means ``history_lens``, 0 rebuilds a prefix.
     """
-    start = history_lens if compress_from is None else compress_from
+    start = batch.history_lens if compress_from is None else compress_from
     _run(
         "compress_keys",
         {"k1_cache": k1_cache, "k2_cache": k2_cache},
-        [k_cache, k1_cache, k2_cache, start]
-        + [batch_id_per_token, cu_seqlens_q, query_lens, history_lens, block_tables],
+        [k_cache, k1_cache, k2_cache, start, *batch],
     )
 
 
@@ -96,11 +98,7 @@ def select_blocks(
     qkv: paddle.Tensor,
     k1_cache: paddle.Tensor,
     k2_cache: paddle.Tensor,
-    batch_id_per_token: paddle.Tensor,
-    cu_seqlens_q: paddle.Tensor,
-    query_lens: paddle.Tensor,
-    history_lens: paddle.Tensor,
-    block_tables: paddle.Tensor,
+    batch: Batch,
     sparse_config: SparseConfig,
     *,
     overlap: bool = False,
@@ -123,8 +121,7 @@ def select_blocks(
     (topk_idx,) = _run(
         "select_blocks",
         {},
-        [qkv, k1_cache, k2_cache]
-        + [batch_id_per_token, cu_seqlens_q, query_lens, history_lens, block_tables],
+        [qkv, k1_cache, k2_cache, *batch],
         # The op counts a row's own block among the local ones.
         [_softmax_scale(k1_cache), c.init_blocks, c.local_blocks + 1, c.budget, c.dense_len]
         + [overlap],
@@ -137,11 +134,7 @@ def sparse_attention(
     k_cache: paddle.Tensor,
     v_cache: paddle.Tensor,
     topk_idx: paddle.Tensor,
-    batch_id_per_token: paddle.Tensor,
-    cu_seqlens_q: paddle.Tensor,
-    query_lens: paddle.Tensor,
-    history_lens: paddle.Tensor,
-    block_tables: paddle.Tensor,
+    batch: Batch,
     sparse_config: SparseConfig,
     *,
     overlap: bool = False,
@@ -163,8 +156,7 @@ def sparse_attention(
     (out,) = _run(
         "sparse_attention",
         {},
-        [qkv, k_cache, v_cache, topk_idx]
-        + [batch_id_per_token, cu_seqlens_q, query_lens, history_lens, block_tables],
+        [qkv, k_cache, v_cache, topk_idx, *batch],
         [_softmax_scale(k_cache), sparse_config.dense_len, overlap],
     )
     return out

@@ -33,7 +33,9 @@ def replay_on_gpu() -> traces.Replay:
     return traces.Replay(upload, run, workspace)
 
 
-@pytest.mark.skipif(not FILE.is_file(), reason="no recorded trace: see tests/integration/test_recorded_run.py")
+@pytest.mark.skipif(
+    not FILE.is_file(), reason="no trace: tests/integration/test_recorded_run.py makes it"
+)
 def test_an_engine_run_replays_on_the_gpu() -> None:
     from gpu_ops import download
 
