@@ -23,6 +23,13 @@ constexpr int kMaxCluster = 16;
 constexpr int kDigitBits = 8;
 constexpr int kDigits = 1 << kDigitBits;
 constexpr int kMaxPasses = 32 / kDigitBits;
+// Shallow rings leave room for two blocks a multiprocessor; before sm_90, where there are no
+// clusters to feed, holding to two would spill.
+#if __CUDA_ARCH__ >= 900
+constexpr int kShallowBlocks = 2;
+#else
+constexpr int kShallowBlocks = 1;
+#endif
 constexpr int kStaticBytes = 6 * 1024;  // at most, of the fixed shared arrays
 
 __device__ __forceinline__ uint32_t ordered(float score) {
@@ -175,7 +182,7 @@ __device__ __forceinline__ void write_top(const uint32_t* keys, int n, int count
 }
 
 template <typename T, int kStages>
-__global__ void __launch_bounds__(kThreads, kStages < 5 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kStages < 5 ? kShallowBlocks : 1)
     select_blocks_kernel(const __grid_constant__ SelectBlocksParams params) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ float lse_log2[kGroupSize];

@@ -45,6 +45,8 @@ def test_an_engine_run_replays_on_the_gpu() -> None:
         got = replay.run(call)
         what = f"call {number}, {call.op}"
         is_row = np.asarray(call.inputs["batch_id_per_token"]) >= 0
+        if not is_row.any():  # a warm-up step of padding rows alone
+            continue
         if call.op == "rope_and_write_kv":
             wanted = call.output.astype(np.float32)
             difference = np.abs(download(got).astype(np.float32) - wanted)
