@@ -1,0 +1,93 @@
+"""How a figure is made: cold caches, CUDA graphs, medians, and what it was made on."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Inputs rotate until they have moved this many bytes: three times the L2 of an H100.
+COLD_BYTES = 160 * 2**20
+REPLAYS = 25
+
+
+def copies_for(bytes_read: int, bytes_held: int, limit: int = 24 * 2**30) -> int:
+    """Copies of the inputs to rotate over, so that none of them is in L2 when its turn comes."""
+    wanted = max(2, -(-COLD_BYTES // max(1, bytes_read)))
+    return int(min(wanted, max(1, limit // bytes_held)))
+
+
+def graph_time(run: Callable[[int], None], copies: int) -> float:
+    """Median microseconds of one call of ``run``, over CUDA-graph replays of one for each copy."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for index in range(copies):
+            run(index)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    rounds = max(1, 16 // copies)
+    with torch.cuda.graph(graph, stream=side):
+        for _ in range(rounds):
+            for index in range(copies):
+                run(index)
+    times = []
+    for replay in range(REPLAYS + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if replay >= 3:
+            times.append(start.elapsed_time(end) * 1e3 / (rounds * copies))
+    return statistics.median(times)
+
+
+def copy_rate() -> float:
+    """Bytes a second of a kernel that reads and writes 2 GiB each, both counted.
+
+    A kernel, not ``copy_``: in a graph that is a memcpy node, which reaches less.
+    """
+    source = torch.randint(0, 2**31 - 1, (2**29,), dtype=torch.int32, device="cuda")
+    target = torch.empty_like(source)
+
+    def invert(_: int) -> None:
+        torch.bitwise_not(source, out=target)
+
+    microseconds = graph_time(invert, 1)
+    return 2 * source.numel() * source.element_size() / microseconds * 1e6
+
+
+def environment(command: str) -> dict[str, Any]:
+    """What a published figure must say about the machine and the versions."""
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": sys.version.split()[0],
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": command,
+    }
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Writes a result, one row a line."""
+    rows = ",\n    ".join(json.dumps(row) for row in result["rows"])
+    head = json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{head[:-2]},\n  "rows": [\n    {rows}\n  ]\n}}\n')

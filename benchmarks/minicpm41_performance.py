@@ -1,0 +1,30 @@
+"""Times the kernels beside what they must beat: `minicpm41_performance.py decode`.
+
+Every figure is the median of graph replays over inputs larger than L2, and the timed run's own
+output is held to the oracle of tests/gpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shlex
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    decode = kinds.add_parser("decode", help="one layer, one new token a request")
+    decode.add_argument("--out", type=Path, help="write the rows here as JSON")
+    decode.add_argument("--max-blocks", type=int, help="width of the block tables")
+    decode.add_argument("--parts", action="store_true", help="time each op by itself as well")
+    decode.add_argument("--sparse-only", action="store_true", help="leave out the dense rows")
+    args = parser.parse_args()
+    args.command = shlex.join(["python", *sys.argv])
+    return importlib.import_module(args.kind).main(args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
