@@ -1,0 +1,49 @@
+"""compute-sanitizer on small steps: no bad access, no race in shared memory, no bad barrier."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+
+PROGRAM = """
+from dataclasses import replace
+from cases import TRUE_GEOMETRY, make_step
+from gpu_ops import SMALL, compress, on_gpu, run_step
+for dtype in ("bfloat16", "float16"):
+    geometry = replace(TRUE_GEOMETRY, dtype=dtype)
+    # One row in a cluster, a few rows, and a mixed batch with prefill, idle and padding rows.
+    for requests in ([(1029, 1)], [(599, 1)] * 9, [(383, 9), (0, 0), (1030, 1), (0, 70)]):
+        step = on_gpu(make_step(requests, geometry))
+        compress(step, [0] * len(requests))
+        for overlap in (0, 1):
+            run_step(step, SMALL, overlap)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_small_steps_are_clean(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not on the PATH")
+    # Without PyTorch's cache every tensor has bounds of its own.
+    paths = [str(TESTS), str(TESTS / "gpu"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+    }
+    done = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
