@@ -199,7 +199,6 @@ template <typename T>
 struct Pair;
 template <>
 struct Pair<__half> {
-  using type = __half2;
   static __device__ __forceinline__ uint32_t pack(float x, float y) {
     const __half2 pair = __floats2half2_rn(x, y);
     return *reinterpret_cast<const uint32_t*>(&pair);
@@ -210,7 +209,6 @@ struct Pair<__half> {
 };
 template <>
 struct Pair<__nv_bfloat16> {
-  using type = __nv_bfloat162;
   static __device__ __forceinline__ uint32_t pack(float x, float y) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
     return *reinterpret_cast<const uint32_t*>(&pair);
