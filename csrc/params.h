@@ -1,14 +1,14 @@
-// What passes between a caller and a kernel: one plain struct an op, filled by name, read by the CPU
-// and the CUDA side alike and mirrored by ctypes through capi.cc. Pointers carry their shape; strides
-// are in elements, not bytes. Nothing here or below knows a tensor framework.
+// What passes between a caller and a kernel: one plain struct an op, filled by name, read by the
+// CPU and the CUDA side alike and mirrored by ctypes through capi.cc. Pointers carry their shape;
+// strides are in elements, not bytes. Nothing here or below knows a tensor framework.
 #pragma once
 
 #include <cstdint>
 
 namespace minicpm41 {
 
-// A page of the KV cache holds exactly one block of the selection, so a logical block id is an index
-// into a request's block table.
+// A page of the KV cache holds exactly one block of the selection, so a logical block id is an
+// index into a request's block table.
 constexpr int kBlockSize = 64;
 // Fine windows (K1) cover 32 keys every 16; coarse windows (K2) cover 128 keys every 64.
 constexpr int kKernelSize = 32;
@@ -21,8 +21,8 @@ constexpr int kCoarseSlots = kBlockSize / kCoarseKernelStride;
 
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-// The requests of one step. kv_len(b) = history_lens[b] + query_lens[b]. Token t of request b stands
-// at position history_lens[b] + t - cu_seqlens_q[b]. A slot with query_lens[b] == 0 is idle.
+// The requests of one step. kv_len(b) = history_lens[b] + query_lens[b]. Token t of request b
+// stands at position history_lens[b] + t - cu_seqlens_q[b]. A slot with query_lens[b] == 0 is idle.
 struct Batch {
   const int32_t* batch_id_per_token;  // [num_tokens], -1: a padding row, nothing is read or written
   const int32_t* cu_seqlens_q;        // [batch_size + 1]
@@ -43,7 +43,8 @@ struct Heads {
   int32_t dtype;  // DType of q, k, v, the caches and out
 };
 
-// Rotates q in place (NeoX halves, fp32 arithmetic) and writes rotated k and plain v to their pages.
+// Rotates q in place (NeoX halves, fp32 arithmetic) and writes rotated k and plain v to their
+// pages.
 struct RopeAndWriteKvParams {
   Batch batch;
   Heads heads;
@@ -80,7 +81,7 @@ struct SelectBlocksParams {
   int32_t* topk_idx;     // [num_kv_heads, num_tokens, budget] logical ids, ascending, -1 padded
   void* workspace;       // select_blocks_workspace() bytes, may be nullptr when that is 0
   int64_t workspace_bytes;
-  int64_t q_stride;      // between tokens
+  int64_t q_stride;  // between tokens
   float softmax_scale;
   int32_t init_blocks;   // forced at the start
   int32_t local_blocks;  // forced up to and with the token's own block: window_size / 64 + 1
@@ -90,8 +91,8 @@ struct SelectBlocksParams {
                          // step, and this one may start before it ends. 0: promises nothing
 };
 
-// Attends to the listed blocks, causally inside the last one. A row with p + 1 < dense_len attends to
-// all of its blocks and its list is not read.
+// Attends to the listed blocks, causally inside the last one. A row with p + 1 < dense_len attends
+// to all of its blocks and its list is not read.
 struct SparseAttentionParams {
   Batch batch;
   Heads heads;
@@ -108,8 +109,8 @@ struct SparseAttentionParams {
   float softmax_scale;
   int32_t budget;
   int32_t dense_len;
-  int32_t overlap;  // 1: the launch before this one on the stream is run_select_blocks of this step,
-                    // and this one may start before it ends. 0: promises nothing
+  int32_t overlap;  // 1: the launch before this one on the stream is run_select_blocks of this
+                    // step, and this one may start before it ends. 0: promises nothing
 };
 
 }  // namespace minicpm41

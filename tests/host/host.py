@@ -38,6 +38,12 @@ ENGINE_DEFAULTS: dict[str, Any] = {
     "graph_optimization_config": {"use_cudagraph": False},
 }
 
+# All requests are let in at once, with no page kept for what they will say: some are preempted.
+CROWDED = {
+    "FD_USE_NEW_TOKEN_RATIO_RESERVE": "0",
+    "FD_RESERVE_OUTPUT_BLOCK_NUM_FOR_DECODE_WHEN_SCHEDULE_NEW_PREFILL": "0",
+}
+
 
 def missing_host() -> str | None:
     """Why the host tests cannot run here, or ``None``."""
@@ -96,13 +102,18 @@ class HostProcess:
 
     def logs(self) -> str:
         """The output and every log file of FastDeploy's: what is shown when a test fails."""
-        files = [self.log_path, *sorted(self.log_dir.rglob("*log*"))]
-        texts = [
+        return "\n".join(
             f"--- {p.name}\n{p.read_text('utf-8', errors='replace')[-4000:]}"
-            for p in files
-            if p.is_file()
-        ]
-        return "\n".join(texts)
+            for p in self.log_files()
+        )
+
+    def log_files(self) -> list[Path]:
+        files = [self.log_path, *sorted(self.log_dir.rglob("*log*"))]
+        return [p for p in files if p.is_file()]
+
+    def said(self, text: str) -> bool:
+        """Whether any log has the text, however long ago."""
+        return any(text in p.read_text("utf-8", errors="replace") for p in self.log_files())
 
     def stop(self) -> None:
         """Ends the whole process group."""

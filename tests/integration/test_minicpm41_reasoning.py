@@ -13,7 +13,7 @@ import pytest
 
 from checkpoints import write_tiny_checkpoint
 from fd_minicpm41.hybrid_reasoning import HybridReasoningMode, ReplySplitter
-from host.host import missing_host, run_script, server
+from host.host import CROWDED, missing_host, run_script, server
 from scripted_checkpoint import script_tag, scripted_tokenizer, write_scripted_checkpoint
 
 MISSING = missing_host()
@@ -356,45 +356,11 @@ def test_a_bad_default_budget_ends_the_start_up(checkpoint, tmp_path):
     assert "fd_minicpm41: error: FD_MINICPM41_THINKING_BUDGET is '-1', wanted a whole" in output
 
 
-PREEMPT = """
-def register():
-    from fastdeploy.engine.sched.resource_manager_v1 import ResourceManagerV1
-
-    def last_decoding(self):
-        for i, request in reversed(list(enumerate(self.running))):
-            if self._is_decoding(request):
-                return request, i
-        return None, -1
-
-    ResourceManagerV1._select_preempt_candidate = last_decoding
-"""
-
-
 def test_preempted_requests_keep_their_budgets(checkpoint, tmp_path_factory):
-    """Too few pages for all: requests are thrown out, then prefilled with what they have said.
-
-    FastDeploy 2.6 has the code that throws them out, and 2.5 uses it, but 2.6 looks for a status
-    that only a server of decodes sets, and stands still. A test plugin makes it look at what the
-    request does.
-    """
+    """Too few pages for all: requests are thrown out, then prefilled with what they have said."""
     logs = tmp_path_factory.mktemp("preempted")
-    plugin = tmp_path_factory.mktemp("plugin")
-    (plugin / "preempt.py").write_text(PREEMPT)
-    (plugin / "preempt-1.dist-info").mkdir()
-    (plugin / "preempt-1.dist-info/METADATA").write_text("Name: preempt\nVersion: 1\n")
-    (plugin / "preempt-1.dist-info/entry_points.txt").write_text(
-        "[fastdeploy.model_register_plugins]\npreempt = preempt:register\n"
-    )
     budgets = [190, 100, 150, 230]
-    # All are let in at once, with no page kept for what they will say.
-    variables = {
-        "FD_PLUGINS": "fd_minicpm41,preempt",
-        "FD_USE_NEW_TOKEN_RATIO_RESERVE": "0",
-        "FD_RESERVE_OUTPUT_BLOCK_NUM_FOR_DECODE_WHEN_SCHEDULE_NEW_PREFILL": "0",
-    }
-    with serving(
-        checkpoint, logs, pages=14, seqs=4, context=512, extra_path=[plugin], **variables
-    ) as client:
+    with serving(checkpoint, logs, pages=14, seqs=4, context=512, **CROWDED) as client:
 
         def ask(budget):
             extra = {"thinking_budget": budget}

@@ -5,7 +5,8 @@
 1. ``fastdeploy.model_executor.ops.gpu`` becomes a module of reference ops (:mod:`host_ops`);
 2. the platform answers "CUDA", because every dense layer refuses anything else;
 3. a few gaps of CPU Paddle are filled (pinned memory, CUDA events, fused activation, top-p);
-4. the worker's device set-up, its dtype and its Triton samplers are replaced.
+4. the worker's device set-up, its dtype and its Triton samplers are replaced;
+5. requests are marked as decoding on the ZeroMQ path too, so that preemption works.
 
 CPU Paddle has no bf16 kernels for most layers, so the worker computes in float32.
 """
@@ -184,6 +185,21 @@ def _start_worker_on_cpu(module: Any) -> None:
 @_after_import("paddle.distributed.launch.context.device")
 def _launch_without_devices(module: Any) -> None:
     module.Device.get_selected_devices = lambda self, devices="": []
+
+
+@_after_import("fastdeploy.output.token_processor")
+def _mark_decodes(module: Any) -> None:
+    # FastDeploy's preemption looks for requests marked as decoding. The message queue of its GPU
+    # builds marks them when their first token arrives; the ZeroMQ path, which needs no op, forgets.
+    original = module.TokenProcessor._process_per_token
+    status = module.RequestStatus
+
+    def process_per_token(self: Any, task: Any, *args: Any, **kwargs: Any) -> Any:
+        if task.status == status.RUNNING_PREFILL:
+            task.status = status.RUNNING_DECODE
+        return original(self, task, *args, **kwargs)
+
+    module.TokenProcessor._process_per_token = process_per_token
 
 
 def _compute_in_float32() -> None:
