@@ -1,9 +1,9 @@
 """The ledger: everything of FastDeploy that this plugin registers with or changes, and why.
 
 FastDeploy calls :func:`register` in every process that imports its models: API server, engine and
-worker. It touches no device and loads no library. :data:`LEDGER` lists each changed function; a
-hook is installed once a process, and with a checkpoint of another model it does nothing. What
-hybrid reasoning changes is in the same form in :mod:`fd_minicpm41.hybrid_reasoning.host_hooks`.
+worker. It touches no device and loads no library. The three ledgers list each changed function or
+class, by when its module is in reach; a hook is installed once a process, and with a checkpoint of
+another model it does nothing. One file, however long: who asks what we change looks in one place.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fd_minicpm41 import __version__
 from fd_minicpm41.config import ARCHITECTURE
 from fd_minicpm41.errors import UsageError
 from fd_minicpm41.hybrid_reasoning.mode import HybridReasoningMode
+from fd_minicpm41.hybrid_reasoning.thinking_budget import GENERATED_KEY, ThinkingBudget
 from fd_minicpm41.preflight import (
     BACKEND,
     BACKEND_VARIABLE,
@@ -56,6 +57,7 @@ class Hook:
         upstream: what FastDeploy could offer instead.
         remove_when: when the entry has to go.
         wrap: takes the original (a plain function) and returns its replacement.
+        bound_in: a module that binds the function by name when it is imported, if there is one.
     """
 
     target: str
@@ -64,6 +66,7 @@ class Hook:
     upstream: str
     remove_when: str
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    bound_in: str = ""
 
     def install(self) -> None:
         """Replaces the target; does nothing when it is replaced already.
@@ -84,6 +87,22 @@ class Hook:
         wrapper = functools.wraps(original)(self.wrap(original))
         setattr(wrapper, _MARK, True)
         setattr(owner, name, classmethod(wrapper) if is_classmethod else wrapper)
+        if self.bound_in in sys.modules:
+            setattr(sys.modules[self.bound_in], name, wrapper)
+
+
+class ClassHook(Hook):
+    """The same for a class, which is replaced by a subclass of itself."""
+
+    def install(self) -> None:
+        """Replaces the target; does nothing when it is replaced already."""
+        module_name, _, name = self.target.partition(":")
+        module = import_module(module_name)
+        original = getattr(module, name)
+        if _MARK not in vars(original):
+            replaced = self.wrap(original)
+            setattr(replaced, _MARK, True)
+            setattr(module, name, replaced)
 
 
 def _wrap_check(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,6 +158,57 @@ def _wrap_page_bytes(original: Callable[..., Any]) -> Callable[..., Any]:
     return cal_theortical_kvcache
 
 
+def _check_request(cls: type, values: Any) -> Any:
+    """Looks at a request's fields first of all; passes everything unless our model is served."""
+    processor = sys.modules.get("fd_minicpm41.hybrid_reasoning.processor")
+    if processor is not None and processor.served is not None and isinstance(values, dict):
+        from fd_minicpm41.hybrid_reasoning.request import check_request
+
+        check_request(values, processor.served.template_arguments)
+    return values
+
+
+def _with_fields(*names: str) -> Callable[[Any], Any]:
+    def wrap(host: Any) -> Any:
+        pydantic = import_module("pydantic")
+        validator = pydantic.model_validator(mode="before")(classmethod(_check_request))
+        added = {name: (Any, None) for name in names if name not in host.model_fields}
+        return pydantic.create_model(
+            host.__name__,
+            __base__=host,
+            __module__=host.__module__,
+            __validators__={"check_hybrid_reasoning": validator},
+            **added,
+        )
+
+    return wrap
+
+
+def _wrap_build(original: Callable[..., Any]) -> Callable[..., Any]:
+    def build_logits_processors(fd_config: Any) -> list[Any]:
+        built: list[Any] = original(fd_config)
+        is_ours = ARCHITECTURE in (fd_config.model_config.architectures or ())
+        if is_ours and not any(isinstance(processor, ThinkingBudget) for processor in built):
+            built.append(ThinkingBudget(fd_config))
+        return built
+
+    return build_logits_processors
+
+
+def _wrap_insert(original: Callable[..., Any]) -> Callable[..., Any]:
+    def insert_tasks_v1(self: Any, req_dicts: list[Any], *args: Any, **kwargs: Any) -> Any:
+        for request in req_dicts:
+            params: Any = getattr(request, "sampling_params", None)
+            given = getattr(params, "logits_processors_args", None)
+            if given:
+                # A new object each time, by which the processor knows a prefill.
+                generated = list(getattr(request, "output_token_ids", None) or ())
+                params.logits_processors_args = given | {GENERATED_KEY: generated}
+        return original(self, req_dicts, *args, **kwargs)
+
+    return insert_tasks_v1
+
+
 LEDGER: tuple[Hook, ...] = (
     Hook(
         target="fastdeploy.config:FDConfig.check",
@@ -161,7 +231,17 @@ LEDGER: tuple[Hook, ...] = (
         remove_when="FastDeploy has both.",
         wrap=_wrap_backend_choice,
     ),
+    Hook(
+        target="fastdeploy.model_executor.logits_processor:build_logits_processors",
+        why="A model cannot bring a logits processor: a user would have to name it at every start.",
+        how="Adds the thinking budget for our architecture; others get what they asked for.",
+        upstream="Let a model class name the processors it needs.",
+        remove_when="FastDeploy asks the model class.",
+        wrap=_wrap_build,
+        bound_in="fastdeploy.worker.input_batch",
+    ),
 )
+"""Hooks of modules that every process imports; :func:`register` installs them."""
 
 WORKER_LEDGER: tuple[Hook, ...] = (
     Hook(
@@ -173,9 +253,48 @@ WORKER_LEDGER: tuple[Hook, ...] = (
         remove_when="FastDeploy does.",
         wrap=_wrap_page_bytes,
     ),
+    Hook(
+        target="fastdeploy.worker.gpu_model_runner:GPUModelRunner.insert_tasks_v1",
+        why="A preempted request is prefilled again with its reply so far, of which logits "
+        "processors are told nothing: its budget would begin again.",
+        how="Writes the reply so far into the arguments that every processor gets.",
+        upstream="Hand processors the tokens of a request when it is inserted.",
+        remove_when="share_inputs holds them.",
+        wrap=_wrap_insert,
+    ),
 )
 """Hooks of modules that only a worker imports; the model class installs them when it is built."""
 
+
+_REQUEST_WHY = (
+    "FastDeploy drops fields of a request that it does not know, and answers 500 to whatever is "
+    "wrong with one it does not check itself."
+)
+_REQUEST_HOW = (
+    "A subclass with the missing fields and one check of what concerns thinking and tools; without "
+    "our model it passes everything."
+)
+_REQUEST_UPSTREAM = "Keep the fields, and answer 400 to a data processor's ValueError."
+
+REQUEST_LEDGER: tuple[Hook, ...] = (
+    ClassHook(
+        target="fastdeploy.entrypoints.openai.protocol:ChatCompletionRequest",
+        why=_REQUEST_WHY,
+        how=_REQUEST_HOW,
+        upstream=_REQUEST_UPSTREAM,
+        remove_when="FastDeploy does both.",
+        wrap=_with_fields("tool_choice", "thinking_budget"),
+    ),
+    ClassHook(
+        target="fastdeploy.entrypoints.openai.protocol:CompletionRequest",
+        why=_REQUEST_WHY,
+        how=_REQUEST_HOW,
+        upstream=_REQUEST_UPSTREAM,
+        remove_when="FastDeploy does both.",
+        wrap=_with_fields("thinking_budget"),
+    ),
+)
+"""Hooks of the request classes, before the API server takes them; the parsers install them."""
 
 # Why this process refuses our checkpoints, if it does; other models are served all the same.
 _refusal: str | None = None
@@ -270,9 +389,6 @@ def register() -> None:
     )
     for hook in LEDGER:
         hook.install()
-    from fd_minicpm41.hybrid_reasoning.host_hooks import add_logits_processor
-
-    add_logits_processor()
     tested = "" if found is None or found <= NEWEST_HOST else ", which is newer than tested"
     logger.info(
         "fd_minicpm41 %s: registered %s with FastDeploy %s%s",
@@ -284,8 +400,14 @@ def register() -> None:
     _is_registered = True
 
 
+def extend_requests() -> None:
+    """Installs :data:`REQUEST_LEDGER`, once a process."""
+    for hook in REQUEST_LEDGER:
+        hook.install()
+
+
 def install_worker_hooks() -> None:
-    """Installs the hooks of the modules that only a worker imports, once a process."""
+    """Installs :data:`WORKER_LEDGER`, once a process."""
     for hook in WORKER_LEDGER:
         hook.install()
 

@@ -23,15 +23,12 @@ from contract.host_signatures import (
     touched_symbols,
 )
 from fd_minicpm41 import fastdeploy_hooks
-from fd_minicpm41.hybrid_reasoning import host_hooks
 
 VERSIONS = ("2.5", "2.6", "develop")
 LEDGERS = (
     *fastdeploy_hooks.LEDGER,
     *fastdeploy_hooks.WORKER_LEDGER,
-    *host_hooks.REQUESTS,
-    host_hooks.LOGITS_PROCESSOR,
-    host_hooks.GENERATED_TOKENS,
+    *fastdeploy_hooks.REQUEST_LEDGER,
 )
 # Modules whose arguments to the host are checked: name of the host's class or function, as bound.
 CALLERS = ("model.py", "fastdeploy_hooks.py")
@@ -80,7 +77,7 @@ def _accepts(wrapper: Any, recorded: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "hook",
-    [hook for hook in LEDGERS if not isinstance(hook, host_hooks.ClassHook)],
+    [hook for hook in LEDGERS if not isinstance(hook, fastdeploy_hooks.ClassHook)],
     ids=lambda hook: hook.target,
 )
 def test_wrappers_take_what_the_host_passes(

@@ -1,7 +1,7 @@
 """Hybrid reasoning: thinking switched, limited and split from the answer; tool calls.
 
-Everything here but ``host`` is free of FastDeploy, and importing it imports neither Paddle nor
-FastDeploy.
+Importing it imports neither Paddle nor FastDeploy; only the processor and the two parsers, which
+FastDeploy asks for, are made of its classes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def register_tool_parser() -> None:
     """Entry point of ``fastdeploy.tool_parser_plugins``."""
     from fastdeploy.entrypoints.openai.tool_parsers import ToolParserManager
 
-    from fd_minicpm41.hybrid_reasoning.host_hooks import extend_requests
+    from fd_minicpm41.fastdeploy_hooks import extend_requests
     from fd_minicpm41.hybrid_reasoning.tool_parser import MiniCPM41ToolParser
 
     extend_requests()
