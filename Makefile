@@ -58,6 +58,13 @@ test-sanitize: $(INSTALLED) ## Run the op tests on kernels built with AddressSan
 test-host: $(INSTALLED) ## Test on the real FastDeploy, on this CPU: FASTDEPLOY_SRC=checkout ARGS=...
 	BUILD_PYTHON=$(BIN)/python tests/host/run.sh $(ARGS)
 
+.PHONY: parity-data
+parity-data: demo ## Record anew the greedy tokens of Hugging Face transformers for the demo model
+	$(PYTHON) -m venv .venv-transformers
+	.venv-transformers/bin/pip install --quiet torch==2.13.0 transformers==5.23.0 gguf==0.19.0
+	.venv-transformers/bin/python tests/data/make_smollm2_greedy.py \
+	    .demo/SmolLM2-135M-Instruct.Q4_1.gguf
+
 .PHONY: lint
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .
@@ -80,4 +87,4 @@ wheel: $(INSTALLED) ## Build the wheel into dist/
 
 .PHONY: clean
 clean: ## Remove everything that was built, the environments too
-	rm -rf $(VENV) .venv-host .demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-host .venv-transformers .demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
