@@ -192,10 +192,10 @@ def _mark_decodes(module: Any) -> None:
     # FastDeploy's preemption looks for requests marked as decoding. The message queue of its GPU
     # builds marks them when their first token arrives; the ZeroMQ path, which needs no op, forgets.
     original = module.TokenProcessor._process_per_token
-    status = module.RequestStatus
 
     def process_per_token(self: Any, task: Any, *args: Any, **kwargs: Any) -> Any:
-        if task.status == status.RUNNING_PREFILL:
+        status = type(task.status)
+        if getattr(status, "RUNNING_PREFILL", None) == task.status:
             task.status = status.RUNNING_DECODE
         return original(self, task, *args, **kwargs)
 
