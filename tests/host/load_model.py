@@ -13,7 +13,10 @@ import numpy as np
 
 def main() -> None:
     checkpoint, output = sys.argv[1:]
+    # The engine always passes these, and FastDeploy 2.5 needs them.
+    empty = ("speculative_config", "eplb_config", "routing_replay_config")
     sys.argv[1:] = ["--model", checkpoint, "--max_model_len", "512", "--max_num_seqs", "4"]
+    sys.argv += [part for name in empty for part in (f"--{name}", "{}")]
     from fastdeploy.worker import worker_process
 
     args = worker_process.parse_args()
