@@ -16,6 +16,9 @@ constexpr int kCompressThreads = kStrips * kWarpSize;
 constexpr int kStripsPerWindow = kKernelSize / kKernelStride;
 // Pages of one request that run side by side when a whole prefix may be rebuilt.
 constexpr int kRebuildWidth = 16;
+// Up to so many (request, kv head) the time between launches shows in a step, and they leave
+// multiprocessors free on which this launch can wait for its turn.
+constexpr int kFewRows = 8;
 
 static_assert(kCoarseKernelSize == 2 * kBlockSize, "a coarse window is a page and the one before");
 static_assert(kCoarseSlots == 1, "one coarse window ends in a page");
@@ -26,6 +29,8 @@ __global__ void __launch_bounds__(kCompressThreads)
   __shared__ float strips[kStrips][kHeadDim];
   const int request = blockIdx.z;
   const int kv_head = blockIdx.y;
+  // Launched ahead of its turn, whatever comes before: nothing is read until that has ended.
+  wait_for_previous_launch();
   const int query_len = __ldg(params.batch.query_lens + request);
   const int history_len = __ldg(params.batch.history_lens + request);
   const int kv_len = history_len + query_len;
@@ -149,6 +154,8 @@ Status run_compress_keys(const CompressKeysParams& params, void* stream) {
   LaunchShape shape;
   shape.grid = dim3(std::min(width, batch.max_blocks), params.heads.num_kv_heads, batch.batch_size);
   shape.threads = kCompressThreads;
+  shape.overlap =
+      device.has_clusters() && int64_t{batch.batch_size} * params.heads.num_kv_heads <= kFewRows;
   const auto kernel = params.heads.dtype == kFloat16 ? compress_keys_kernel<__half>
                                                      : compress_keys_kernel<__nv_bfloat16>;
   return launch_status(op, launch(kernel, shape, stream, params));

@@ -571,8 +571,7 @@ Status run_select_blocks(const SelectBlocksParams& params, void* stream) {
   status = check_geometry(op, params.heads, &device);
   if (!status.ok() || params.batch.num_tokens == 0) return status;
 
-  // As many blocks a row as run side by side, with deep rings; with many rows, one block each, and
-  // two of those a multiprocessor.
+  // As many blocks a row as run side by side, with the deepest rings that allows.
   const int max_blocks = params.batch.max_blocks;
   const int64_t rows = int64_t{params.batch.num_tokens} * params.heads.num_kv_heads;
   const bool is_half = params.heads.dtype == kFloat16;
@@ -580,19 +579,22 @@ Status run_select_blocks(const SelectBlocksParams& params, void* stream) {
   shape.threads = kThreads;
   shape.overlap = params.overlap != 0 && device.has_clusters();
   Kernel kernel = nullptr;
-  for (const int stages : {5, 3, 2}) {
-    shape.shared_bytes = Layout(stages, max_blocks).bytes();
-    if (shape.shared_bytes + kStaticBytes > device.shared_bytes) continue;
-    kernel = is_half ? kernel_with<__half>(stages) : kernel_with<__nv_bfloat16>(stages);
-    const bool may_share = stages == 5 && device.has_clusters() && max_blocks > params.budget;
-    int fits = 0;
-    for (shape.cluster = may_share ? kMaxCluster : 1;; shape.cluster /= 2) {
-      const cudaError_t error =
-          count_clusters(kernel, kThreads, shape.shared_bytes, shape.cluster, &fits);
+  int fits = 0;
+  const bool may_share = device.has_clusters() && max_blocks > params.budget;
+  for (shape.cluster = may_share ? kMaxCluster : 1;; shape.cluster /= 2) {
+    for (const int stages : {5, 3, 2}) {
+      const int bytes = Layout(stages, max_blocks).bytes();
+      if (bytes + kStaticBytes > device.shared_bytes) continue;
+      // Of more rows than fit side by side, two share a multiprocessor: deep rings forbid that.
+      if (shape.cluster == 1 && kernel != nullptr && stages == 2) break;
+      shape.shared_bytes = bytes;
+      kernel = is_half ? kernel_with<__half>(stages) : kernel_with<__nv_bfloat16>(stages);
+      const cudaError_t error = count_clusters(kernel, kThreads, bytes, shape.cluster, &fits);
       if (error != cudaSuccess) return launch_status(op, error);
-      if (fits >= rows || shape.cluster == 1) break;
+      if (fits >= rows) break;
     }
-    if (fits >= rows || stages <= 3) break;
+    if (fits >= rows || shape.cluster == 1) break;
+    kernel = nullptr;
   }
   Check check(op);
   check.require(

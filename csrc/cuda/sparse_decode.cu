@@ -219,6 +219,8 @@ __global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
       reinterpret_cast<int32_t*>(shared + kStages * kTileBytes + kWeightBytes + kMergeBytes);
   int32_t* id_pages = ids + params.budget;
 
+  // Few rows leave room for the compress_keys of the next step, which waits for this one's end.
+  if (splits == kLanes) allow_next_launch();
   const int splits_log2 = __ffs(splits) - 1;  // 1, 4 or 16
   const int rank = blockIdx.x & (splits - 1);
   const int token = blockIdx.x >> splits_log2;
