@@ -27,7 +27,8 @@ rm -rf "$layer" "$layer.wheel"
 site=$("$layer/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 "$base/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/base.pth"
 "$build_python" -m pip wheel --quiet --disable-pip-version-check --no-deps ${WHEEL_ARGS:-} \
-  --config-settings=cmake.define.FDM_CUDA=OFF --wheel-dir "$layer.wheel" .
+  --config-settings=cmake.define.FDM_CUDA=OFF --config-settings=build-dir="$layer.build" \
+  --wheel-dir "$layer.wheel" .
 "$base/bin/python" -m pip --python "$layer/bin/python" install --quiet --disable-pip-version-check \
   --no-deps "$layer.wheel"/fd_minicpm41-*.whl
 "$base/bin/python" -m pip --python "$layer/bin/python" install --quiet --disable-pip-version-check \
