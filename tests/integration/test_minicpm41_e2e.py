@@ -96,6 +96,21 @@ def test_tied_head_and_float32_shards(tmp_path: Path) -> None:
         assert_greedy(reply["token_ids"], folder, prompt, 24)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"tied": True}, {"sparse_config": SMALL_SPARSE_CONFIG}],
+    ids=["tied head", "sparse attention"],
+)
+def test_two_ranks(tmp_path: Path, fields: dict[str, object]) -> None:
+    """Tensor parallel in two real processes, which talk over Gloo."""
+    folder = write_checkpoint(tmp_path / "checkpoint", **fields)
+    attention = "infllmv2" if "sparse_config" in fields else "dense"
+    prompts = [random_prompt(n, seed=7) for n in (1, 65, 400)]
+    with offline_engine(folder, tmp_path / "log", tensor_parallel_size=2) as engine:
+        for prompt, reply in zip(prompts, engine.generate(prompts, max_tokens=16), strict=True):
+            assert_greedy(reply["token_ids"], folder, prompt, 16, attention)
+
+
 def test_published_128k_rope_table(tmp_path: Path) -> None:
     """The table is for a head_dim of 128, and served in full length."""
     folder = write_tiny_checkpoint(

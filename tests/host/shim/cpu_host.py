@@ -131,7 +131,26 @@ def _fill_paddle_gaps(paddle: Any) -> None:
     cuda.get_device_capability = lambda *args, **kwargs: COMPUTE_CAPABILITY
     paddle.device.empty_cache = paddle.device.synchronize = lambda *args, **kwargs: None
     fused.fused_bias_act = host_ops.fused_bias_act
+
+    # Gloo, the process group of the CPU, has no calculation stream: wait instead.
+    def all_reduce(self: Any, tensor: Any, op: Any, *args: Any) -> None:
+        self.all_reduce(tensor, op, True).wait()
+
+    paddle.base.core.ProcessGroup.all_reduce_on_calc_stream = all_reduce
     paddle.tensor.top_p_sampling = host_ops.top_p_sampling
+
+
+@_after_import("paddle.distributed.fleet.layers.mpu.mp_ops")
+def _gather_without_cuda(module: Any) -> None:
+    import paddle
+
+    def gather(tensor: Any, group: Any = None) -> Any:
+        parts: list[Any] = []
+        paddle.distributed.all_gather(parts, tensor, group=group)
+        return paddle.concat(parts, -1)
+
+    module._c_identity = lambda tensor, group=None, *args, **kwargs: tensor
+    module._c_concat = gather
 
 
 @_after_import("fastdeploy.platforms.base")
