@@ -46,12 +46,7 @@ Status run_rope_and_write_kv(const RopeAndWriteKvParams& params, void* /*stream*
   constexpr const char* kOp = "rope_and_write_kv";
   const Batch& batch = params.batch;
   Settings settings;
-  for (const Status& status : {validate(params), read_settings(kOp, settings)}) {
-    if (!status.ok()) return status;
-  }
-  for (auto check : {check_values, check_owners}) {
-    if (const Status status = check(kOp, batch); !status.ok()) return status;
-  }
+  if (const Status status = prepare_rows(kOp, params, settings); !status.ok()) return status;
   for (int b = 0; b < batch.batch_size; ++b) {
     if (batch.query_lens[b] == 0 || kv_len(batch, b) <= params.max_position) continue;
     return Check(kOp)

@@ -235,12 +235,7 @@ Status run_select_blocks(const SelectBlocksParams& params, void* /*stream*/) {
   constexpr const char* kOp = "select_blocks";
   const Batch& batch = params.batch;
   Settings settings;
-  for (const Status& status : {validate(params), read_settings(kOp, settings)}) {
-    if (!status.ok()) return status;
-  }
-  for (auto check : {check_values, check_owners}) {
-    if (const Status status = check(kOp, batch); !status.ok()) return status;
-  }
+  if (const Status status = prepare_rows(kOp, params, settings); !status.ok()) return status;
 
   const std::vector<Tile> tiles = cut_into_tiles(batch, kTileTokens);
   const int num_kv_heads = params.heads.num_kv_heads;

@@ -229,12 +229,7 @@ Status run_sparse_attention(const SparseAttentionParams& params, void* /*stream*
   constexpr const char* kOp = "sparse_attention";
   const Batch& batch = params.batch;
   Settings settings;
-  for (const Status& status : {validate(params), read_settings(kOp, settings)}) {
-    if (!status.ok()) return status;
-  }
-  for (auto check : {check_values, check_owners}) {
-    if (const Status status = check(kOp, batch); !status.ok()) return status;
-  }
+  if (const Status status = prepare_rows(kOp, params, settings); !status.ok()) return status;
   if (const Status status = check_lists(params); !status.ok()) return status;
 
   clear_padding_rows(params);

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/settings.h"
 #include "validate.h"
 
 namespace minicpm41::cpu {
@@ -84,6 +85,15 @@ inline Status check_owners(const char* op, const Batch& batch) {
     break;
   }
   return check.status();
+}
+
+// What every op that walks rows does first: everything checked, and the settings of this call read.
+template <typename Params>
+Status prepare_rows(const char* op, const Params& params, Settings& settings) {
+  if (Status status = validate(params); !status.ok()) return status;
+  if (Status status = read_settings(op, settings); !status.ok()) return status;
+  if (Status status = check_values(op, params.batch); !status.ok()) return status;
+  return check_owners(op, params.batch);
 }
 
 // Consecutive query tokens of one request.
