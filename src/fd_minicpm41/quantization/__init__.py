@@ -1,0 +1,1 @@
+"""Low-bit weights: formats, files, the offline quantiser, and how FastDeploy serves them."""
