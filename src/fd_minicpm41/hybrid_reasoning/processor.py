@@ -7,10 +7,8 @@ one BOS, and each reply split by a splitter of its own that knows when the reply
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from fastdeploy.utils import llm_logger as logger
@@ -40,6 +38,7 @@ from fd_minicpm41.hybrid_reasoning.reply_context import Reply, current_reply
 from fd_minicpm41.hybrid_reasoning.request import check_request, request_budget
 from fd_minicpm41.hybrid_reasoning.thinking_budget import BUDGET_KEY, GENERATED_KEY, START_KEY
 from fd_minicpm41.hybrid_reasoning.tool_parser import MiniCPM41ToolParser, tools_wanted
+from fd_minicpm41.preflight import is_minicpm
 
 # Far more than a server runs at once.
 MAX_REPLIES = 1 << 14
@@ -48,24 +47,16 @@ served: MiniCPM41Processor | None = None
 """The processor of this process, once the model it serves is known to be ours."""
 
 
-def is_ours(model: str) -> bool:
-    """Whether a model folder holds a MiniCPM checkpoint."""
-    try:
-        config = json.loads((Path(model) / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("architectures") == [ARCHITECTURE]
-
-
 def create_processor(**kwargs: Any) -> MiniCPM41Processor:
     """What FastDeploy's processor plugin group asks for.
 
     Raises:
-        UsageError: the model is another one; FastDeploy then uses its own processor.
+        UsageError: the model is another one, or has no configuration; FastDeploy then uses its own
+            processor.
     """
     global served
     model = kwargs["model_name_or_path"]
-    if not is_ours(model):
+    if not is_minicpm(model):
         raise UsageError(f"{model} is no {ARCHITECTURE} checkpoint: it needs no processor of ours")
     try:
         served = MiniCPM41Processor(**kwargs)
