@@ -64,6 +64,7 @@ class PagedStep:
         pages = self.batch * blocks
         self.geometry = GEOMETRY
         self.num_tokens = self.batch
+        self.max_query_len = 1
 
         def ints(values: Any) -> torch.Tensor:
             return torch.as_tensor(values, dtype=torch.int32, device="cuda")

@@ -31,8 +31,9 @@ struct Batch {
   const int32_t* block_tables;        // [batch_size, max_blocks] logical block -> page, -1 padded
   int32_t num_tokens;
   int32_t batch_size;
-  int32_t max_blocks;  // also the row stride of block_tables; bounds every grid
-  int32_t num_pages;   // pages in each cache tensor
+  int32_t max_blocks;     // also the row stride of block_tables; bounds every grid
+  int32_t num_pages;      // pages in each cache tensor
+  int32_t max_query_len;  // no query_lens[b] is larger; num_tokens where the caller knows no better
 };
 
 // The attention geometry of this rank.

@@ -41,7 +41,8 @@ inline void check_batch(Check& check, const Batch& batch) {
   check.at_least("num_tokens", batch.num_tokens, 0)
       .at_least("batch_size", batch.batch_size, 0)
       .at_least("max_blocks", batch.max_blocks, 1)
-      .at_least("num_pages", batch.num_pages, 1);
+      .at_least("num_pages", batch.num_pages, 1)
+      .at_least("max_query_len", batch.max_query_len, batch.num_tokens > 0 ? 1 : 0);
   if (batch.num_tokens > 0) {
     check.at_least("batch_size", batch.batch_size, 1)
         .pointer("batch_id_per_token", batch.batch_id_per_token);

@@ -28,6 +28,7 @@ class Batch(ctypes.Structure):
         ("batch_size", _int32),
         ("max_blocks", _int32),
         ("num_pages", _int32),
+        ("max_query_len", _int32),
     ]
 
 
@@ -196,6 +197,7 @@ def batch_of(step: object) -> Batch:
         batch_size=len(step.query_lens),
         max_blocks=step.block_tables.shape[1],
         num_pages=step.k_cache.shape[0],
+        max_query_len=getattr(step, "max_query_len", len(step.batch_id_per_token)),
     )
 
 

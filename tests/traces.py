@@ -119,6 +119,7 @@ class Replay:
             batch_size=arrays["query_lens"].shape[0],
             max_blocks=arrays["block_tables"].shape[1],
             num_pages=cache.shape[0],
+            max_query_len=arrays["batch_id_per_token"].shape[0],
         )
         heads = capi.Heads(self.num_q_heads, num_kv_heads, head_dim, capi.DTYPES["bfloat16"])
         given = {

@@ -8,7 +8,7 @@
 // A window is stored in the page of its last key. So flat slot u = 4 * page + slot holds window u -
 // 1, page b holds coarse window b - 1, and the five windows that overlap block b are the four slots
 // of its page and the first slot of the next.
-#include "paged_kv.cuh"
+#include "prefill.h"
 
 namespace minicpm41 {
 namespace cuda {
@@ -205,7 +205,8 @@ __global__ void __launch_bounds__(kThreads, kStages < 5 ? kShallowBlocks : 1)
   const int lane = thread % kWarpSize;
 
   QueryRow row;
-  if (!load_query_row(params.batch, token, &row)) {
+  if (!load_query_row(params.batch, token, &row) ||
+      (kSelectHasPrefill && is_prefill(row.query_len))) {
     wait_for_previous_launch();
     return;
   }
@@ -561,15 +562,8 @@ Kernel kernel_with(int stages) {
 
 }  // namespace
 
-int64_t select_blocks_workspace(const SelectBlocksParams&) { return 0; }
-
-Status run_select_blocks(const SelectBlocksParams& params, void* stream) {
+Status select_blocks_decode(const SelectBlocksParams& params, const Device& device, void* stream) {
   const char* op = "select_blocks";
-  Status status = validate(params);
-  if (!status.ok()) return status;
-  Device device;
-  status = check_geometry(op, params.heads, &device);
-  if (!status.ok() || params.batch.num_tokens == 0) return status;
 
   // As many blocks a row as run side by side, with the deepest rings that allows.
   const int max_blocks = params.batch.max_blocks;

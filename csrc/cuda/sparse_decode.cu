@@ -8,7 +8,7 @@
 // A chunk goes through a ring of 16 KiB tiles, first its K pages, then its V pages. Each of 8 warps
 // scores 8 keys of every page, the warps agree on one maximum for the chunk, write the weights to
 // shared memory, and each multiplies them with 16 dimensions of V.
-#include "paged_kv.cuh"
+#include "prefill.h"
 
 namespace minicpm41 {
 namespace cuda {
@@ -234,6 +234,10 @@ __global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
   QueryRow row;
   if (!load_query_row(params.batch, token, &row)) {
     if (rank == 0) write_padding<T>(params, token, kv_head);
+    wait_for_previous_launch();
+    return;
+  }
+  if (kAttendHasPrefill && is_prefill(row.query_len)) {
     wait_for_previous_launch();
     return;
   }
@@ -560,7 +564,9 @@ __global__ void __launch_bounds__(kThreads)
     combine_kernel(const __grid_constant__ SparseAttentionParams params, const int splits) {
   const int token = blockIdx.x;
   const int kv_head = blockIdx.y;
-  if (__ldg(params.batch.batch_id_per_token + token) < 0) return;
+  const int request = __ldg(params.batch.batch_id_per_token + token);
+  if (request < 0) return;
+  if (kAttendHasPrefill && is_prefill(__ldg(params.batch.query_lens + request))) return;
   const int row_index = token * params.heads.num_kv_heads + kv_head;
   const float* parts =
       static_cast<const float*>(params.workspace) + int64_t{row_index} * splits * kPartFloats;
@@ -611,24 +617,14 @@ int splits_without_clusters(const SparseAttentionParams& params) {
 
 }  // namespace
 
-int64_t sparse_attention_workspace(const SparseAttentionParams& params) {
-  Device device;
-  if (!current_device("sparse_attention", &device).ok() || device.has_clusters()) return 0;
+int64_t sparse_decode_workspace(const SparseAttentionParams& params, const Device& device) {
+  if (device.has_clusters()) return 0;
   const int splits = splits_without_clusters(params);
   return splits == 1 ? 0 : rows_of(params) * splits * kPartFloats * int64_t{sizeof(float)};
 }
 
-Status run_sparse_attention(const SparseAttentionParams& params, void* stream) {
+Status sparse_decode(const SparseAttentionParams& params, const Device& device, void* stream) {
   const char* op = "sparse_attention";
-  Status status = validate(params);
-  if (!status.ok()) return status;
-  Device device;
-  status = check_geometry(op, params.heads, &device);
-  if (!status.ok() || params.batch.num_tokens == 0) return status;
-  status = check_workspace(op, params.workspace, params.workspace_bytes,
-                           sparse_attention_workspace(params));
-  if (!status.ok()) return status;
-
   constexpr int kStaticBytes = 6 * 1024;
   const bool is_half = params.heads.dtype == kFloat16;
   LaunchShape shape;

@@ -34,6 +34,7 @@ struct BatchTensors {
   const Tensor& query_lens;
   const Tensor& history_lens;
   const Tensor& block_tables;
+  int max_query_len;
 
   Batch check(Checks& checks) const {
     checks.tensor("batch_id_per_token", batch_id_per_token, kInt32, {"num_tokens"});
@@ -51,6 +52,7 @@ struct BatchTensors {
     batch.batch_size = checks.size("batch_size");
     batch.max_blocks = checks.size("max_blocks");
     batch.num_pages = checks.size("num_pages");
+    batch.max_query_len = max_query_len;
     return batch;
   }
 };
@@ -82,7 +84,7 @@ Heads check_qkv(Checks& checks, const Tensor& qkv, paddle::DataType dtype) {
 void rope_and_write_kv(const Tensor& qkv, const Tensor& rotary_embs, const Tensor& k_cache,
                        const Tensor& v_cache, const Tensor& batch_id_per_token,
                        const Tensor& cu_seqlens_q, const Tensor& query_lens,
-                       const Tensor& history_lens, const Tensor& block_tables) {
+                       const Tensor& history_lens, const Tensor& block_tables, int max_query_len) {
   Checks checks("rope_and_write_kv");
   const paddle::DataType dtype = check_cache(checks, "k_cache", k_cache, kBlockSize);
   checks.tensor("v_cache", v_cache, dtype,
@@ -91,9 +93,9 @@ void rope_and_write_kv(const Tensor& qkv, const Tensor& rotary_embs, const Tenso
   params.heads = check_qkv(checks, qkv, dtype);
   checks.tensor("rotary_embs", rotary_embs, paddle::DataType::FLOAT32,
                 {int64_t{2}, int64_t{1}, "max_position", int64_t{1}, "head_dim"});
-  params.batch =
-      BatchTensors{batch_id_per_token, cu_seqlens_q, query_lens, history_lens, block_tables}.check(
-          checks);
+  params.batch = BatchTensors{batch_id_per_token, cu_seqlens_q, query_lens,
+                              history_lens,       block_tables, max_query_len}
+                     .check(checks);
   const int64_t head_dim = params.heads.head_dim, width = checks.size("qkv_width");
   params.max_position = checks.size("max_position");
   char* row = data_of<char>(qkv);
@@ -111,7 +113,7 @@ void rope_and_write_kv(const Tensor& qkv, const Tensor& rotary_embs, const Tenso
 void compress_keys(const Tensor& k_cache, const Tensor& k1_cache, const Tensor& k2_cache,
                    const Tensor& compress_from, const Tensor& batch_id_per_token,
                    const Tensor& cu_seqlens_q, const Tensor& query_lens, const Tensor& history_lens,
-                   const Tensor& block_tables) {
+                   const Tensor& block_tables, int max_query_len) {
   Checks checks("compress_keys");
   const paddle::DataType dtype = check_cache(checks, "k_cache", k_cache, kBlockSize);
   checks.tensor("k1_cache", k1_cache, dtype,
@@ -119,9 +121,9 @@ void compress_keys(const Tensor& k_cache, const Tensor& k1_cache, const Tensor& 
   checks.tensor("k2_cache", k2_cache, dtype,
                 {"num_pages", "num_kv_heads", int64_t{kCoarseSlots}, "head_dim"});
   CompressKeysParams params{};
-  params.batch =
-      BatchTensors{batch_id_per_token, cu_seqlens_q, query_lens, history_lens, block_tables}.check(
-          checks);
+  params.batch = BatchTensors{batch_id_per_token, cu_seqlens_q, query_lens,
+                              history_lens,       block_tables, max_query_len}
+                     .check(checks);
   checks.tensor("compress_from", compress_from, kInt32, {"batch_size"});
   params.heads.num_kv_heads = checks.size("num_kv_heads");
   params.heads.num_q_heads = params.heads.num_kv_heads;  // no query takes part
@@ -137,17 +139,18 @@ void compress_keys(const Tensor& k_cache, const Tensor& k1_cache, const Tensor& 
 std::vector<Tensor> select_blocks(const Tensor& qkv, const Tensor& k1_cache, const Tensor& k2_cache,
                                   const Tensor& batch_id_per_token, const Tensor& cu_seqlens_q,
                                   const Tensor& query_lens, const Tensor& history_lens,
-                                  const Tensor& block_tables, float softmax_scale, int init_blocks,
-                                  int local_blocks, int budget, int dense_len, bool overlap) {
+                                  const Tensor& block_tables, int max_query_len,
+                                  float softmax_scale, int init_blocks, int local_blocks,
+                                  int budget, int dense_len, bool overlap) {
   Checks checks("select_blocks");
   const paddle::DataType dtype = check_cache(checks, "k1_cache", k1_cache, kFineSlots);
   checks.tensor("k2_cache", k2_cache, dtype,
                 {"num_pages", "num_kv_heads", int64_t{kCoarseSlots}, "head_dim"});
   SelectBlocksParams params{};
   params.heads = check_qkv(checks, qkv, dtype);
-  params.batch =
-      BatchTensors{batch_id_per_token, cu_seqlens_q, query_lens, history_lens, block_tables}.check(
-          checks);
+  params.batch = BatchTensors{batch_id_per_token, cu_seqlens_q, query_lens,
+                              history_lens,       block_tables, max_query_len}
+                     .check(checks);
   if (budget < 1) checks.fail("budget: wanted at least 1, got " + std::to_string(budget));
   Tensor topk_idx = paddle::experimental::empty(
       {params.heads.num_kv_heads, params.batch.num_tokens, budget}, kInt32, qkv.place());
@@ -171,17 +174,17 @@ std::vector<Tensor> sparse_attention(const Tensor& qkv, const Tensor& k_cache,
                                      const Tensor& v_cache, const Tensor& topk_idx,
                                      const Tensor& batch_id_per_token, const Tensor& cu_seqlens_q,
                                      const Tensor& query_lens, const Tensor& history_lens,
-                                     const Tensor& block_tables, float softmax_scale, int dense_len,
-                                     bool overlap) {
+                                     const Tensor& block_tables, int max_query_len,
+                                     float softmax_scale, int dense_len, bool overlap) {
   Checks checks("sparse_attention");
   const paddle::DataType dtype = check_cache(checks, "k_cache", k_cache, kBlockSize);
   checks.tensor("v_cache", v_cache, dtype,
                 {"num_pages", "num_kv_heads", int64_t{kBlockSize}, "head_dim"});
   SparseAttentionParams params{};
   params.heads = check_qkv(checks, qkv, dtype);
-  params.batch =
-      BatchTensors{batch_id_per_token, cu_seqlens_q, query_lens, history_lens, block_tables}.check(
-          checks);
+  params.batch = BatchTensors{batch_id_per_token, cu_seqlens_q, query_lens,
+                              history_lens,       block_tables, max_query_len}
+                     .check(checks);
   checks.tensor("topk_idx", topk_idx, kInt32, {"num_kv_heads", "num_tokens", "budget"});
   const int64_t out_width = int64_t{params.heads.num_q_heads} * params.heads.head_dim;
   Tensor out =
@@ -209,6 +212,7 @@ PD_BUILD_OP(minicpm41_rope_and_write_kv)
     .Inputs({"qkv", "rotary_embs", "k_cache", "v_cache", "batch_id_per_token", "cu_seqlens_q",
              "query_lens", "history_lens", "block_tables"})
     .Outputs({"qkv_out", "k_cache_out", "v_cache_out"})
+    .Attrs({"max_query_len: int"})
     .SetInplaceMap({{"qkv", "qkv_out"}, {"k_cache", "k_cache_out"}, {"v_cache", "v_cache_out"}})
     .SetKernelFn(PD_KERNEL(minicpm41::binding::rope_and_write_kv));
 
@@ -216,6 +220,7 @@ PD_BUILD_OP(minicpm41_compress_keys)
     .Inputs({"k_cache", "k1_cache", "k2_cache", "compress_from", "batch_id_per_token",
              "cu_seqlens_q", "query_lens", "history_lens", "block_tables"})
     .Outputs({"k1_cache_out", "k2_cache_out"})
+    .Attrs({"max_query_len: int"})
     .SetInplaceMap({{"k1_cache", "k1_cache_out"}, {"k2_cache", "k2_cache_out"}})
     .SetKernelFn(PD_KERNEL(minicpm41::binding::compress_keys));
 
@@ -223,13 +228,13 @@ PD_BUILD_OP(minicpm41_select_blocks)
     .Inputs({"qkv", "k1_cache", "k2_cache", "batch_id_per_token", "cu_seqlens_q", "query_lens",
              "history_lens", "block_tables"})
     .Outputs({"topk_idx"})
-    .Attrs({"softmax_scale: float", "init_blocks: int", "local_blocks: int", "budget: int",
-            "dense_len: int", "overlap: bool"})
+    .Attrs({"max_query_len: int", "softmax_scale: float", "init_blocks: int", "local_blocks: int",
+            "budget: int", "dense_len: int", "overlap: bool"})
     .SetKernelFn(PD_KERNEL(minicpm41::binding::select_blocks));
 
 PD_BUILD_OP(minicpm41_sparse_attention)
     .Inputs({"qkv", "k_cache", "v_cache", "topk_idx", "batch_id_per_token", "cu_seqlens_q",
              "query_lens", "history_lens", "block_tables"})
     .Outputs({"out"})
-    .Attrs({"softmax_scale: float", "dense_len: int", "overlap: bool"})
+    .Attrs({"max_query_len: int", "softmax_scale: float", "dense_len: int", "overlap: bool"})
     .SetKernelFn(PD_KERNEL(minicpm41::binding::sparse_attention));

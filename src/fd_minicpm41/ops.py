@@ -36,6 +36,9 @@ class Batch(NamedTuple):
         history_lens: ``[batch_size]``, tokens in the cache before the step.
         block_tables: ``[batch_size, max_blocks]``, logical block to page; entries beyond a
             request's length are not read.
+        max_query_len: no entry of ``query_lens`` is larger, as far as the host knows without
+            asking the device; None where it knows nothing. With less than 16 the CUDA side launches
+            its decode kernels alone.
     """
 
     batch_id_per_token: paddle.Tensor
@@ -43,6 +46,17 @@ class Batch(NamedTuple):
     query_lens: paddle.Tensor
     history_lens: paddle.Tensor
     block_tables: paddle.Tensor
+    max_query_len: int | None = None
+
+    def tensors(self) -> tuple[paddle.Tensor, ...]:
+        """The five tensors, in the order in which every op takes them."""
+        return self[:5]
+
+    def longest_query(self) -> int:
+        """``max_query_len``, or the number of tokens where that is not known."""
+        if self.max_query_len is None:
+            return int(self.batch_id_per_token.shape[0])
+        return self.max_query_len
 
 
 def rope_and_write_kv(
@@ -64,7 +78,8 @@ def rope_and_write_kv(
     _run(
         "rope_and_write_kv",
         {"qkv": qkv, "k_cache": k_cache, "v_cache": v_cache},
-        [qkv, rotary_embs, k_cache, v_cache, *batch],
+        [qkv, rotary_embs, k_cache, v_cache, *batch.tensors()],
+        [batch.longest_query()],
     )
 
 
@@ -90,7 +105,8 @@ def compress_keys(
     _run(
         "compress_keys",
         {"k1_cache": k1_cache, "k2_cache": k2_cache},
-        [k_cache, k1_cache, k2_cache, start, *batch],
+        [k_cache, k1_cache, k2_cache, start, *batch.tensors()],
+        [batch.longest_query()],
     )
 
 
@@ -121,10 +137,10 @@ def select_blocks(
     (topk_idx,) = _run(
         "select_blocks",
         {},
-        [qkv, k1_cache, k2_cache, *batch],
+        [qkv, k1_cache, k2_cache, *batch.tensors()],
         # The op counts a row's own block among the local ones.
-        [_softmax_scale(k1_cache), c.init_blocks, c.local_blocks + 1, c.budget, c.dense_len]
-        + [overlap],
+        [batch.longest_query(), _softmax_scale(k1_cache)]
+        + [c.init_blocks, c.local_blocks + 1, c.budget, c.dense_len, overlap],
     )
     return topk_idx
 
@@ -156,8 +172,8 @@ def sparse_attention(
     (out,) = _run(
         "sparse_attention",
         {},
-        [qkv, k_cache, v_cache, topk_idx, *batch],
-        [_softmax_scale(k_cache), sparse_config.dense_len, overlap],
+        [qkv, k_cache, v_cache, topk_idx, *batch.tensors()],
+        [batch.longest_query(), _softmax_scale(k_cache), sparse_config.dense_len, overlap],
     )
     return out
 

@@ -76,18 +76,31 @@ def check_dtype(dtype: str) -> None:
     fused = to_paddle(qkv.reshape(host.num_tokens, -1))
     caches = {n: to_paddle(getattr(host, f"{n}_cache")) for n in ("k", "v", "k1", "k2")}
     batch = [to_paddle(getattr(host, name)) for name in BATCH]
+    longest = int(host.query_lens.max())
     tables = to_paddle(np.stack([cos, sin])[:, None, :, None])
-    op("rope_and_write_kv", fused, tables, caches["k"], caches["v"], *batch)
+    op("rope_and_write_kv", fused, tables, caches["k"], caches["v"], *batch, longest)
     start = to_paddle(np.zeros(len(host.requests), np.int32))
-    op("compress_keys", caches["k"], caches["k1"], caches["k2"], start, *batch)
+    op("compress_keys", caches["k"], caches["k1"], caches["k2"], start, *batch, longest)
     sizes = (g.head_dim**-0.5, INIT, LOCAL, BUDGET, DENSE_LEN)
     lists, outs = [], []
     for overlap in (False, True):
         if overlap:  # what it promises: the launch before is compress_keys
-            op("compress_keys", caches["k"], caches["k1"], caches["k2"], start, *batch)
-        topk = op("select_blocks", fused, caches["k1"], caches["k2"], *batch, *sizes, overlap)
+            op("compress_keys", caches["k"], caches["k1"], caches["k2"], start, *batch, longest)
+        topk = op(
+            "select_blocks", fused, caches["k1"], caches["k2"], *batch, longest, *sizes, overlap
+        )
         topk = topk[0] if isinstance(topk, list | tuple) else topk
-        args = (fused, caches["k"], caches["v"], topk, *batch, sizes[0], DENSE_LEN, overlap)
+        args = (
+            fused,
+            caches["k"],
+            caches["v"],
+            topk,
+            *batch,
+            longest,
+            sizes[0],
+            DENSE_LEN,
+            overlap,
+        )
         out = op("sparse_attention", *args)
         out = out[0] if isinstance(out, list | tuple) else out
         lists.append(to_numpy(topk))

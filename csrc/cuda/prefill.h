@@ -1,0 +1,29 @@
+// Which kernels serve a request. One that brings kPrefillTokens new tokens or more to a step is
+// served by the prefill kernels, tiles of neighbouring tokens at a time, a shorter one row by row
+// by the decode kernels. The rule looks at the request alone, so that the bits of a row never
+// depend on the rest of the batch.
+#pragma once
+
+#include "common.cuh"
+#include "paged_kv.cuh"
+
+namespace minicpm41 {
+namespace cuda {
+
+constexpr int kPrefillTokens = 16;
+// Off: the decode kernels serve the prefill rows too.
+constexpr bool kSelectHasPrefill = false;
+constexpr bool kAttendHasPrefill = false;
+
+__host__ __device__ inline bool is_prefill(int query_len) { return query_len >= kPrefillTokens; }
+
+// The two halves of an op. `params` are valid and `device` is the current one; the prefill half is
+// launched when max_query_len allows for a prefill request.
+int64_t sparse_decode_workspace(const SparseAttentionParams& params, const Device& device);
+Status select_blocks_decode(const SelectBlocksParams& params, const Device& device, void* stream);
+Status select_blocks_prefill(const SelectBlocksParams& params, const Device& device, void* stream);
+Status sparse_decode(const SparseAttentionParams& params, const Device& device, void* stream);
+Status sparse_prefill(const SparseAttentionParams& params, const Device& device, void* stream);
+
+}  // namespace cuda
+}  // namespace minicpm41
