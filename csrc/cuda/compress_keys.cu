@@ -1,10 +1,10 @@
 // Means of the key windows that end inside [compress_from, kv_len), each written to the page that
-// holds its last token.
+// holds its last token: the kernel for few new tokens a request, and the choice between the two.
 //
 // One block a (request, kv head, page) that the step may have touched. Each of its 8 warps sums 16
 // keys: four of the page before and four of the page itself; every window is a run of such sums, so
 // a window's bits do not depend on how a prompt was cut.
-#include "paged_kv.cuh"
+#include "prefill.h"
 
 namespace minicpm41 {
 namespace cuda {
@@ -14,8 +14,6 @@ constexpr int kStripsPerPage = kBlockSize / kKernelStride;
 constexpr int kStrips = 2 * kStripsPerPage;
 constexpr int kCompressThreads = kStrips * kWarpSize;
 constexpr int kStripsPerWindow = kKernelSize / kKernelStride;
-// Pages of one request that run side by side when a whole prefix may be rebuilt.
-constexpr int kRebuildWidth = 16;
 // Up to so many (request, kv head) the time between launches shows in a step, and they leave
 // multiprocessors free on which this launch can wait for its turn.
 constexpr int kFewRows = 8;
@@ -143,14 +141,15 @@ Status run_compress_keys(const CompressKeysParams& params, void* stream) {
                 std::to_string(params.batch.batch_size), "at most 65535 on a GPU");
   if (!check.ok()) return check.status();
 
-  // A step of one token a request touches one page of each.
+  // Both kernels give the same bits, so the shapes may decide.
   const Batch& batch = params.batch;
-  int width = 1;
-  if (params.compress_from != nullptr) {
-    width = kRebuildWidth;
-  } else if (batch.num_tokens > batch.batch_size) {
-    width = std::min(kRebuildWidth, (batch.num_tokens + kBlockSize - 1) / kBlockSize + 1);
-  }
+  const bool is_rebuild =
+      params.compress_from != nullptr && params.compress_from != batch.history_lens;
+  if (is_rebuild || is_prefill(batch.max_query_len)) return compress_keys_prefill(params, stream);
+
+  // New tokens of one request touch one page, or two where they are more than one.
+  static_assert(kPrefillTokens <= kBlockSize, "few tokens touch two pages at most");
+  const int width = batch.num_tokens > batch.batch_size ? 2 : 1;
   LaunchShape shape;
   shape.grid = dim3(std::min(width, batch.max_blocks), params.heads.num_kv_heads, batch.batch_size);
   shape.threads = kCompressThreads;

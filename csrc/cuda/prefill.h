@@ -24,6 +24,8 @@ Status select_blocks_decode(const SelectBlocksParams& params, const Device& devi
 Status select_blocks_prefill(const SelectBlocksParams& params, const Device& device, void* stream);
 Status sparse_decode(const SparseAttentionParams& params, const Device& device, void* stream);
 Status sparse_prefill(const SparseAttentionParams& params, const Device& device, void* stream);
+// For any step; the same bits as the kernel for few tokens.
+Status compress_keys_prefill(const CompressKeysParams& params, void* stream);
 
 }  // namespace cuda
 }  // namespace minicpm41

@@ -107,9 +107,10 @@ def test_windows_token_by_token_and_by_chunks_equal_one_pass_bitwise() -> None:
         same_bits(download(pieces.k2_cache), download(whole.k2_cache))
 
 
+@pytest.mark.parametrize("prompt", [70, 1050], ids=["few tokens", "many tokens"])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_rope_and_write_kv(geometry) -> None:
-    host = make_step([(0, 70), (1000, 1), (0, 0), (127, 3)], geometry)
+def test_rope_and_write_kv(geometry, prompt: int) -> None:
+    host = make_step([(0, prompt), (1000, 1), (0, 0), (127, 3)], geometry)
     dtype, g = DTYPES[geometry.dtype], geometry
     rng = np.random.default_rng(1)
     width = g.num_q_heads + 2 * g.num_kv_heads
@@ -147,6 +148,45 @@ def test_rope_and_write_kv(geometry) -> None:
     same_bits(got, wanted_q, "q")
     np.testing.assert_array_equal(stored.k_cache.astype(np.float32), wanted_k.astype(np.float32))
     np.testing.assert_array_equal(stored.v_cache.astype(np.float32), wanted_v.astype(np.float32))
+
+
+def test_a_long_rebuild_and_its_chunks_equal_one_pass_bitwise() -> None:
+    host, whole = ready([(0, 20_001), (0, 0), (0, 777)], padding_rows=0)
+    for got, size in zip(load_windows(from_gpu(whole), 0), (32, 128), strict=True):
+        wanted = oracle.window_means(host.keys[0], size, size // 2).astype(got.dtype)
+        assert_within_one_step(got, wanted)
+    pieces = on_gpu(host)
+    lens = {number: request.kv_len for number, request in enumerate(host.requests)}
+    for start, end in ((0, 4097), (4097, 8192), (8192, 8255), (8255, 20_001)):
+        query_lens = [max(0, min(end, lens[n]) - start) for n in lens]
+        piece = replace(
+            pieces,
+            batch_id_per_token=torch.zeros(sum(query_lens), dtype=torch.int32, device="cuda"),
+            query_lens=torch.tensor(query_lens, dtype=torch.int32, device="cuda"),
+            history_lens=torch.tensor([start] * len(lens), dtype=torch.int32, device="cuda"),
+        )
+        compress(piece)
+    same_bits(download(pieces.k1_cache), download(whole.k1_cache))
+    same_bits(download(pieces.k2_cache), download(whole.k2_cache))
+    compress(pieces, [0, 0, 0])  # again, over what is there
+    same_bits(download(pieces.k1_cache), download(whole.k1_cache))
+
+
+def test_a_request_without_pages_is_left_alone() -> None:
+    host, gpu = ready([(100, 60), (0, 1030)])
+    gpu.block_tables[1] = -1
+    before = from_gpu(gpu)
+    compress(gpu, [0, 0])
+    qkv = torch.randn(gpu.num_tokens, 36, 128, dtype=torch.bfloat16, device="cuda")
+    tables = torch.zeros(2, 1100, 128, device="cuda")
+    params = capi.rope_and_write_kv_params(gpu, qkv, qkv[:, 32:], qkv[:, 34:], *tables)
+    params.q_stride = params.k_stride = params.v_stride = 36 * 128
+    capi.run_cuda(params, stream())
+    torch.cuda.synchronize()
+    after = from_gpu(gpu)
+    others = np.setdiff1d(np.arange(len(before.k_cache)), host.block_tables[0, :3])
+    for name in ("k_cache", "v_cache", "k1_cache", "k2_cache"):
+        same_bits(getattr(after, name)[others], getattr(before, name)[others], name)
 
 
 # ---- the whole step ----
