@@ -65,6 +65,15 @@ def copy_rate() -> float:
     return 2 * source.numel() * source.element_size() / microseconds * 1e6
 
 
+def product_rate() -> float:
+    """Floating-point operations a second of a bfloat16 product of 8192 x 8192 matrices."""
+    size = 8192
+    left, right = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    result = torch.empty_like(left)
+    microseconds = graph_time(lambda _: torch.mm(left, right, out=result), 1)
+    return 2 * size**3 / microseconds * 1e6
+
+
 def environment(command: str) -> dict[str, Any]:
     """What a published figure must say about the machine and the versions."""
     driver = subprocess.run(

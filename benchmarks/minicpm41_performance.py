@@ -1,4 +1,4 @@
-"""Times the kernels beside what they must beat: `minicpm41_performance.py decode`.
+"""Times the kernels beside what they must beat: `minicpm41_performance.py decode`, `prefill`.
 
 Every figure is the median of graph replays over inputs larger than L2, and the timed run's own
 output is held to the oracle of tests/gpu.
@@ -21,6 +21,10 @@ def main() -> int:
     decode.add_argument("--max-blocks", type=int, help="width of the block tables")
     decode.add_argument("--parts", action="store_true", help="time each op by itself as well")
     decode.add_argument("--sparse-only", action="store_true", help="leave out the dense rows")
+    prefill = kinds.add_parser("prefill", help="one layer, one prompt")
+    prefill.add_argument("--out", type=Path, help="write the rows here as JSON")
+    prefill.add_argument("--longest", type=int, default=131072, help="leave out longer prompts")
+    prefill.add_argument("--repeats", type=int, default=20, help="runs that a median is of")
     args = parser.parse_args()
     args.command = shlex.join(["python", *sys.argv])
     return importlib.import_module(args.kind).main(args)
