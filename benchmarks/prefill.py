@@ -168,17 +168,8 @@ def check(prompt: Prompt, topk_idx: torch.Tensor, out: torch.Tensor) -> None:
         download(prompt.in_order(cache).contiguous())
         for cache in (prompt.k_cache, prompt.v_cache, prompt.k1_cache, prompt.k2_cache)
     )
-    edges = [
-        0,
-        63,
-        64,
-        6143,
-        6144,
-        SIZES.dense_len - 2,
-        SIZES.dense_len - 1,
-        length // 2,
-        length - 1,
-    ]
+    switch = SIZES.dense_len
+    edges = [0, 63, 64, 6143, 6144, switch - 2, switch - 1, length // 2, length - 1]
     others = np.random.default_rng(length).integers(switch, length, 12)
     for position in sorted({p for p in (*edges, *others.tolist()) if p < length}):
         q = download(prompt.q[position])
