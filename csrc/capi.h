@@ -20,6 +20,8 @@ MINICPM41_DECLARE_OP(rope_and_write_kv, RopeAndWriteKvParams)
 MINICPM41_DECLARE_OP(compress_keys, CompressKeysParams)
 MINICPM41_DECLARE_OP(select_blocks, SelectBlocksParams)
 MINICPM41_DECLARE_OP(sparse_attention, SparseAttentionParams)
+MINICPM41_DECLARE_OP(low_bit_linear, LowBitLinearParams)
+MINICPM41_DECLARE_OP(expand_low_bit_weight, ExpandLowBitWeightParams)
 #undef MINICPM41_DECLARE_OP
 
 // Bytes of scratch a CUDA launch wants for these shapes; 0 without CUDA.
@@ -27,6 +29,8 @@ MINICPM41_EXPORT int64_t
 minicpm41_select_blocks_workspace_cuda(const minicpm41::SelectBlocksParams*);
 MINICPM41_EXPORT int64_t
 minicpm41_sparse_attention_workspace_cuda(const minicpm41::SparseAttentionParams*);
+MINICPM41_EXPORT int64_t
+minicpm41_low_bit_linear_workspace_cuda(const minicpm41::LowBitLinearParams*);
 
 MINICPM41_EXPORT const char* minicpm41_last_error();
 // "version=0.1.0 cuda=90a-real,90-virtual", or "cuda=none".

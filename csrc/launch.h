@@ -21,6 +21,8 @@ Status run_rope_and_write_kv(const RopeAndWriteKvParams& params, void* stream);
 Status run_compress_keys(const CompressKeysParams& params, void* stream);
 Status run_select_blocks(const SelectBlocksParams& params, void* stream);
 Status run_sparse_attention(const SparseAttentionParams& params, void* stream);
+Status run_low_bit_linear(const LowBitLinearParams& params, void* stream);
+Status run_expand_low_bit_weight(const ExpandLowBitWeightParams& params, void* stream);
 }  // namespace cpu
 
 namespace cuda {
@@ -29,10 +31,13 @@ Status run_rope_and_write_kv(const RopeAndWriteKvParams& params, void* stream);
 Status run_compress_keys(const CompressKeysParams& params, void* stream);
 Status run_select_blocks(const SelectBlocksParams& params, void* stream);
 Status run_sparse_attention(const SparseAttentionParams& params, void* stream);
+Status run_low_bit_linear(const LowBitLinearParams& params, void* stream);
+Status run_expand_low_bit_weight(const ExpandLowBitWeightParams& params, void* stream);
 
 // Bytes of scratch the launch needs for these shapes; depends on shapes alone, never on lengths.
 int64_t select_blocks_workspace(const SelectBlocksParams& params);
 int64_t sparse_attention_workspace(const SparseAttentionParams& params);
+int64_t low_bit_linear_workspace(const LowBitLinearParams& params);
 }  // namespace cuda
 
 }  // namespace minicpm41

@@ -19,7 +19,9 @@ constexpr int kCoarseKernelStride = 4 * kKernelStride;
 constexpr int kFineSlots = kBlockSize / kKernelStride;
 constexpr int kCoarseSlots = kBlockSize / kCoarseKernelStride;
 
-enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+// Activations and caches take the first three; the last two are what a low-bit weight may also be
+// expanded to.
+enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kFloat8E4M3 = 4 };
 
 // The requests of one step. kv_len(b) = history_lens[b] + query_lens[b]. Token t of request b
 // stands at position history_lens[b] + t - cu_seqlens_q[b]. A slot with query_lens[b] == 0 is idle.
@@ -112,6 +114,51 @@ struct SparseAttentionParams {
   int32_t dense_len;
   int32_t overlap;  // 1: the launch before this one on the stream is run_select_blocks of this
                     // step, and this one may start before it ends. 0: promises nothing
+};
+
+// A low-bit weight is stored in tiles of 16 rows (out features) by 128 columns (in features), the
+// last ones padded with zeros, in the order in which the lanes of an mma.m16n8k16 hold operand A.
+constexpr int kTileRows = 16;
+constexpr int kTileColumns = 128;
+
+// W [out_features, in_features]. Row r, column k of a tile: lane = 4 * (r % 8) + k / 8 % 4, and in
+// this lane block b = k / 32, half h = r / 8, pair p = k % 8 / 2, element e = k % 2. The lane's
+// codes lie in chunks of 16 bytes, tile = [chunk][32 lanes][16 bytes], as little-endian words:
+//   2 bits: 1 chunk,  word b,                     bits 16 e + 2 (4 h + p)
+//   4 bits: 2 chunks, chunk b / 2, word 2 (b % 2) + h,  bits 16 e + 4 p
+//   8 bits: 4 chunks, chunk b, word 2 h + p / 2,  bits 16 (p % 2) + 8 e
+struct LowBitWeight {
+  const uint8_t* qweight;  // [row_tiles, k_tiles, 256 * bits]
+  const uint16_t* scales;  // bfloat16 [row_tiles, in_features / group, 16], rows 0, 8, 1, 9, ...
+  int32_t out_features;
+  int32_t in_features;
+  int32_t bits;      // 2, 4 or 8
+  int32_t group;     // columns that share a scale: 64, 128, or with 8 bits in_features
+  int32_t zero;      // a code's value is (code - zero / 2) * scale: 2 or 3, 16, 256
+  int32_t hadamard;  // 64 or 128: W H is stored, H in blocks of this size along a row; 0: W is
+};
+
+// out = x W^T, sums in fp32.
+struct LowBitLinearParams {
+  LowBitWeight weight;
+  const void* x;    // [num_tokens, in_features]
+  void* out;        // [num_tokens, out_features]
+  void* workspace;  // low_bit_linear_workspace() bytes, may be nullptr when that is 0
+  int64_t workspace_bytes;
+  int32_t num_tokens;  // on a GPU at most kMaxDecodeTokens
+  int32_t dtype;       // DType of x and out
+};
+constexpr int kMaxDecodeTokens = 64;
+
+// Rows of the weight itself, a Hadamard transform undone; or, for products of 8-bit numbers, rows
+// of W / channel_scales, which the formats made for it hold exactly.
+struct ExpandLowBitWeightParams {
+  LowBitWeight weight;
+  const float* channel_scales;  // [out_features] for kInt8 and kFloat8E4M3, else nullptr
+  void* out;                    // [num_rows, in_features]
+  int32_t first_row;            // a multiple of kTileRows
+  int32_t num_rows;
+  int32_t dtype;  // of out
 };
 
 }  // namespace minicpm41

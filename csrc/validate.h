@@ -146,6 +146,83 @@ inline Status validate(const SparseAttentionParams& params) {
   return check.status();
 }
 
+inline int tile_rows(const LowBitWeight& weight) {
+  return (weight.out_features + kTileRows - 1) / kTileRows;
+}
+inline int tile_columns(const LowBitWeight& weight) {
+  return (weight.in_features + kTileColumns - 1) / kTileColumns;
+}
+inline int tile_bytes(const LowBitWeight& weight) {
+  return kTileRows * kTileColumns / 8 * weight.bits;
+}
+
+inline void check_weight(Check& check, const LowBitWeight& weight) {
+  check
+      .require(weight.bits == 2 || weight.bits == 4 || weight.bits == 8, "bits",
+               std::to_string(weight.bits), "2, 4 or 8")
+      .at_least("out_features", weight.out_features, 1)
+      .at_least("in_features", weight.in_features, 1);
+  if (!check.ok()) return;
+  constexpr int kSmallGroup = 64, kLargeGroup = 128;
+  const bool is_row = weight.bits == 8 && weight.group == weight.in_features;
+  const auto divides = [&](int size) { return weight.in_features % size == 0; };
+  check
+      .require(divides(kSmallGroup), "in_features", std::to_string(weight.in_features),
+               "a multiple of 64")
+      .require(weight.group == kSmallGroup || weight.group == kLargeGroup || is_row, "group",
+               std::to_string(weight.group),
+               weight.bits == 8 ? "64, 128 or in_features" : "64 or 128")
+      .require(weight.zero == 1 << weight.bits || (weight.bits == 2 && (weight.zero | 1) == 3),
+               "zero", std::to_string(weight.zero),
+               weight.bits == 2 ? "2 or 3" : std::to_string(1 << weight.bits))
+      .require(
+          weight.hadamard == 0 || weight.hadamard == kSmallGroup || weight.hadamard == kLargeGroup,
+          "hadamard", std::to_string(weight.hadamard), "0, 64 or 128");
+  if (!check.ok()) return;
+  check
+      .require(divides(weight.group), "in_features", std::to_string(weight.in_features),
+               "a multiple of group (" + std::to_string(weight.group) + ")")
+      .require(weight.hadamard == 0 || divides(weight.hadamard), "in_features",
+               std::to_string(weight.in_features),
+               "a multiple of hadamard (" + std::to_string(weight.hadamard) + ")")
+      .pointer("qweight", weight.qweight)
+      .pointer("scales", weight.scales);
+}
+
+inline Status validate(const LowBitLinearParams& params) {
+  Check check("low_bit_linear");
+  check_weight(check, params.weight);
+  check.at_least("num_tokens", params.num_tokens, 0)
+      .require(params.dtype >= kFloat32 && params.dtype <= kBFloat16, "dtype",
+               std::to_string(params.dtype), "0 (float32), 1 (float16) or 2 (bfloat16)");
+  if (params.num_tokens > 0) check.pointer("x", params.x).pointer("out", params.out);
+  return check.status();
+}
+
+inline Status validate(const ExpandLowBitWeightParams& params) {
+  Check check("expand_low_bit_weight");
+  check_weight(check, params.weight);
+  check
+      .require(params.dtype >= kFloat32 && params.dtype <= kFloat8E4M3, "dtype",
+               std::to_string(params.dtype),
+               "0 (float32), 1 (float16), 2 (bfloat16), 3 (int8) or 4 (float8_e4m3)")
+      .at_least("first_row", params.first_row, 0)
+      .at_least("num_rows", params.num_rows, 0)
+      .require(params.first_row % kTileRows == 0, "first_row", std::to_string(params.first_row),
+               "a multiple of " + std::to_string(kTileRows))
+      .require(int64_t{params.first_row} + params.num_rows <= params.weight.out_features,
+               "first_row + num_rows", std::to_string(int64_t{params.first_row} + params.num_rows),
+               "at most out_features (" + std::to_string(params.weight.out_features) + ")");
+  if (params.dtype == kInt8 || params.dtype == kFloat8E4M3) {
+    // The activations would have to be transformed before they are rounded to 8 bits.
+    check.require(params.weight.hadamard == 0, "hadamard", std::to_string(params.weight.hadamard),
+                  "0 for rows of 8-bit numbers");
+    check.pointer("channel_scales", params.channel_scales);
+  }
+  if (params.num_rows > 0) check.pointer("out", params.out);
+  return check.status();
+}
+
 inline Status check_workspace(const char* op, const void* workspace, int64_t got, int64_t wanted) {
   Check check(op);
   check.at_least("workspace_bytes", got, wanted);

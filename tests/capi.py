@@ -12,7 +12,9 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+INT8, FLOAT8_E4M3 = 3, 4
 DTYPES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
+ROW_DTYPES = DTYPES | {"int8": INT8, "float8_e4m3fn": FLOAT8_E4M3}
 
 _pointer, _int32, _int64, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
@@ -115,8 +117,56 @@ class SparseAttentionParams(ctypes.Structure):
     ]
 
 
-PARAMS = (RopeAndWriteKvParams, CompressKeysParams, SelectBlocksParams, SparseAttentionParams)
-Params = RopeAndWriteKvParams | CompressKeysParams | SelectBlocksParams | SparseAttentionParams
+class LowBitWeight(ctypes.Structure):
+    _fields_ = [
+        ("qweight", _pointer),
+        ("scales", _pointer),
+        ("out_features", _int32),
+        ("in_features", _int32),
+        ("bits", _int32),
+        ("group", _int32),
+        ("zero", _int32),
+        ("hadamard", _int32),
+    ]
+
+
+class LowBitLinearParams(ctypes.Structure):
+    op = "low_bit_linear"
+    _fields_ = [
+        ("weight", LowBitWeight),
+        ("x", _pointer),
+        ("out", _pointer),
+        ("workspace", _pointer),
+        ("workspace_bytes", _int64),
+        ("num_tokens", _int32),
+        ("dtype", _int32),
+    ]
+
+
+class ExpandLowBitWeightParams(ctypes.Structure):
+    op = "expand_low_bit_weight"
+    _fields_ = [
+        ("weight", LowBitWeight),
+        ("channel_scales", _pointer),
+        ("out", _pointer),
+        ("first_row", _int32),
+        ("num_rows", _int32),
+        ("dtype", _int32),
+    ]
+
+
+PARAMS = (
+    *(RopeAndWriteKvParams, CompressKeysParams, SelectBlocksParams, SparseAttentionParams),
+    *(LowBitLinearParams, ExpandLowBitWeightParams),
+)
+Params = (
+    RopeAndWriteKvParams
+    | CompressKeysParams
+    | SelectBlocksParams
+    | SparseAttentionParams
+    | LowBitLinearParams
+    | ExpandLowBitWeightParams
+)
 
 
 class KernelError(RuntimeError):
@@ -146,7 +196,7 @@ def library() -> ctypes.CDLL:
                 f"{params.__name__} is {ctypes.sizeof(params)} bytes here and {size()} in "
                 f"{library_path()}: build the library anew, or mend tests/capi.py"
             )
-    for op in ("select_blocks", "sparse_attention"):
+    for op in ("select_blocks", "sparse_attention", "low_bit_linear"):
         getattr(lib, f"minicpm41_{op}_workspace_cuda").restype = _int64
     return lib
 
@@ -173,7 +223,9 @@ def run_cuda(params: Params, stream: int) -> None:
     _check(launch(ctypes.byref(params), ctypes.c_void_p(stream)))
 
 
-def workspace_cuda(params: SelectBlocksParams | SparseAttentionParams) -> int:
+def workspace_cuda(
+    params: SelectBlocksParams | SparseAttentionParams | LowBitLinearParams,
+) -> int:
     """Bytes of scratch the CUDA launch of ``params`` wants."""
     return getattr(library(), f"minicpm41_{params.op}_workspace_cuda")(ctypes.byref(params))
 
@@ -288,4 +340,37 @@ def rope_and_write_kv_params(
         k_stride=g.num_kv_heads * g.head_dim,
         v_stride=g.num_kv_heads * g.head_dim,
         max_position=cos.shape[0],
+    )
+
+
+def weight_of(qweight: object, scales: object, fmt: object, shape: tuple[int, int]) -> LowBitWeight:
+    """Over tiles that must outlive it; ``shape`` is (out_features, in_features)."""
+    rest = (fmt.bits, fmt.group, fmt.zero, fmt.hadamard)
+    return LowBitWeight(address(qweight), address(scales), *shape, *rest)
+
+
+def low_bit_linear_params(
+    x: object, weight: LowBitWeight, out: object, dtype: str
+) -> LowBitLinearParams:
+    """``x [num_tokens, in_features]`` by a weight, into ``out [num_tokens, out_features]``."""
+    return LowBitLinearParams(
+        weight=weight,
+        x=address(x),
+        out=address(out),
+        num_tokens=x.shape[0],
+        dtype=DTYPES[dtype],
+    )
+
+
+def expand_low_bit_weight_params(
+    weight: LowBitWeight, out: object, dtype: str, channel_scales: object = None, first_row: int = 0
+) -> ExpandLowBitWeightParams:
+    """Rows from ``first_row`` on, as many as ``out [num_rows, in_features]`` has."""
+    return ExpandLowBitWeightParams(
+        weight=weight,
+        channel_scales=address(channel_scales),
+        out=address(out),
+        first_row=first_row,
+        num_rows=out.shape[0],
+        dtype=ROW_DTYPES[dtype],
     )

@@ -28,6 +28,10 @@ inline std::string dtype_name(paddle::DataType dtype) {
       return "int64";
     case paddle::DataType::UINT8:
       return "uint8";
+    case paddle::DataType::INT8:
+      return "int8";
+    case paddle::DataType::FLOAT8_E4M3FN:
+      return "float8_e4m3fn";
     case paddle::DataType::BOOL:
       return "bool";
     default:

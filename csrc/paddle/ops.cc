@@ -4,6 +4,7 @@
 // qkv is FastDeploy's fused activation [num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim]:
 // the kernels read q, k and v inside it by stride. The five tensors of a step come in the order of
 // Batch.
+#include <string>
 #include <vector>
 
 #include "checks.h"
@@ -205,6 +206,87 @@ std::vector<Tensor> sparse_attention(const Tensor& qkv, const Tensor& k_cache,
   return {out};
 }
 
+// The sizes of a weight's tiles; the rest of the geometry is checked below capi.h.
+LowBitWeight check_weight(Checks& checks, const Tensor& qweight, const Tensor& scales,
+                          int64_t out_features, int64_t in_features, int bits, int group, int zero,
+                          int hadamard) {
+  const auto tiles = [](int64_t size, int tile) { return (size + tile - 1) / tile; };
+  if (group < 1) checks.fail("group: wanted at least 1, got " + std::to_string(group));
+  checks.tensor("qweight", qweight, paddle::DataType::UINT8,
+                {tiles(out_features, kTileRows), tiles(in_features, kTileColumns),
+                 int64_t{kTileRows} * kTileColumns / 8 * bits});
+  checks.tensor("scales", scales, paddle::DataType::BFLOAT16,
+                {tiles(out_features, kTileRows), in_features / group, int64_t{kTileRows}});
+  LowBitWeight weight{};
+  weight.qweight = data_of<const uint8_t>(qweight);
+  weight.scales = data_of<const uint16_t>(scales);
+  weight.out_features = static_cast<int32_t>(out_features);
+  weight.in_features = static_cast<int32_t>(in_features);
+  weight.bits = bits;
+  weight.group = group;
+  weight.zero = zero;
+  weight.hadamard = hadamard;
+  return weight;
+}
+
+std::vector<Tensor> low_bit_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                                   int out_features, int bits, int group, int zero, int hadamard) {
+  Checks checks("low_bit_linear");
+  const paddle::DataType dtype = checks.storage_dtype("x", x);
+  checks.tensor("x", x, dtype, {"num_tokens", "in_features"});
+  LowBitLinearParams params{};
+  params.weight = check_weight(checks, qweight, scales, out_features, checks.size("in_features"),
+                               bits, group, zero, hadamard);
+  params.num_tokens = checks.size("num_tokens");
+  params.dtype = dtype_of(dtype);
+  Tensor out = paddle::experimental::empty({params.num_tokens, out_features}, dtype, x.place());
+  params.x = data_of<const void>(x);
+  params.out = data_of<void>(out);
+  const Tensor workspace = with_workspace(x, minicpm41_low_bit_linear_workspace_cuda, params);
+  launch(x, minicpm41_low_bit_linear_cpu, minicpm41_low_bit_linear_cuda, params);
+  return {out};
+}
+
+std::vector<Tensor> expand_low_bit_weight(const Tensor& qweight, const Tensor& scales,
+                                          const paddle::optional<Tensor>& channel_scales,
+                                          int out_features, int in_features, int bits, int group,
+                                          int zero, int hadamard, int first_row, int num_rows,
+                                          const std::string& dtype) {
+  Checks checks("expand_low_bit_weight");
+  struct RowType {
+    const char* name;
+    paddle::DataType dtype;
+    int32_t params;
+  };
+  const RowType types[] = {{"float32", paddle::DataType::FLOAT32, kFloat32},
+                           {"float16", paddle::DataType::FLOAT16, kFloat16},
+                           {"bfloat16", paddle::DataType::BFLOAT16, kBFloat16},
+                           {"int8", paddle::DataType::INT8, kInt8},
+                           {"float8_e4m3fn", paddle::DataType::FLOAT8_E4M3FN, kFloat8E4M3}};
+  const RowType* type = nullptr;
+  for (const RowType& one : types) type = dtype == one.name ? &one : type;
+  if (type == nullptr) {
+    checks.fail("dtype: wanted float32, float16, bfloat16, int8 or float8_e4m3fn, got " + dtype);
+  }
+  ExpandLowBitWeightParams params{};
+  params.weight =
+      check_weight(checks, qweight, scales, out_features, in_features, bits, group, zero, hadamard);
+  if (channel_scales) {
+    checks.tensor("channel_scales", *channel_scales, paddle::DataType::FLOAT32,
+                  {int64_t{out_features}});
+    params.channel_scales = data_of<const float>(*channel_scales);
+  }
+  if (num_rows < 0) checks.fail("num_rows: wanted at least 0, got " + std::to_string(num_rows));
+  Tensor rows = paddle::experimental::empty({num_rows, in_features}, type->dtype, qweight.place());
+  params.out = data_of<void>(rows);
+  params.first_row = first_row;
+  params.num_rows = num_rows;
+  params.dtype = type->params;
+  launch(qweight, minicpm41_expand_low_bit_weight_cpu, minicpm41_expand_low_bit_weight_cuda,
+         params);
+  return {rows};
+}
+
 }  // namespace
 }  // namespace minicpm41::binding
 
@@ -238,3 +320,16 @@ PD_BUILD_OP(minicpm41_sparse_attention)
     .Outputs({"out"})
     .Attrs({"max_query_len: int", "softmax_scale: float", "dense_len: int", "overlap: bool"})
     .SetKernelFn(PD_KERNEL(minicpm41::binding::sparse_attention));
+
+PD_BUILD_OP(minicpm41_low_bit_linear)
+    .Inputs({"x", "qweight", "scales"})
+    .Outputs({"out"})
+    .Attrs({"out_features: int", "bits: int", "group: int", "zero: int", "hadamard: int"})
+    .SetKernelFn(PD_KERNEL(minicpm41::binding::low_bit_linear));
+
+PD_BUILD_OP(minicpm41_expand_low_bit_weight)
+    .Inputs({"qweight", "scales", paddle::Optional("channel_scales")})
+    .Outputs({"rows"})
+    .Attrs({"out_features: int", "in_features: int", "bits: int", "group: int", "zero: int",
+            "hadamard: int", "first_row: int", "num_rows: int", "dtype: std::string"})
+    .SetKernelFn(PD_KERNEL(minicpm41::binding::expand_low_bit_weight));

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     import paddle
 
     from fd_minicpm41.config import SparseConfig
+    from fd_minicpm41.quantization.formats import LowBitFormat
+
+# The most tokens that the low-bit kernels of a GPU take, and the most that a panel of expanded
+# weight takes up: one for every matrix of a layer of the published model, three for its head.
+MAX_DECODE_TOKENS = 64
+PANEL_BYTES = 256 * 2**20
 
 
 class Batch(NamedTuple):
@@ -178,6 +184,86 @@ def sparse_attention(
     return out
 
 
+def low_bit_linear(
+    x: paddle.Tensor,
+    qweight: paddle.Tensor,
+    scales: paddle.Tensor,
+    fmt: LowBitFormat,
+    out_features: int,
+) -> paddle.Tensor:
+    """``x W^T`` with W low-bit, for any number of tokens.
+
+    Equivalent to ``x @ quantization.formats.dequantize(...).T`` with sums in fp32. On a GPU up to
+    64 tokens take one launch that reads the codes; more take :func:`expand_low_bit_weight` and the
+    framework's product, by panels of at most ``PANEL_BYTES``.
+
+    Args:
+        x: ``[num_tokens, in_features]``, float16 or bfloat16, on the CPU also float32.
+        qweight, scales: as ``quantization.tiles`` makes them.
+
+    Returns:
+        ``[num_tokens, out_features]`` in the dtype of ``x``.
+    """
+    import paddle
+
+    if x.place.is_cpu_place() or x.shape[0] <= MAX_DECODE_TOKENS:
+        (out,) = _run(
+            "low_bit_linear", {}, [x, qweight, scales], [out_features, *_format_attributes(fmt)]
+        )
+        return out
+    in_features = int(x.shape[1])
+    panel = max(16, PANEL_BYTES // (in_features * x.element_size()) // 16 * 16)
+    parts = []
+    for first in range(0, out_features, panel):
+        rows = expand_low_bit_weight(
+            *(qweight, scales, fmt, out_features, in_features, str(x.dtype).split(".")[-1]),
+            first_row=first,
+            num_rows=min(panel, out_features - first),
+        )
+        parts.append(paddle.matmul(x, rows, transpose_y=True))
+    return parts[0] if len(parts) == 1 else paddle.concat(parts, axis=1)
+
+
+def expand_low_bit_weight(
+    qweight: paddle.Tensor,
+    scales: paddle.Tensor,
+    fmt: LowBitFormat,
+    out_features: int,
+    in_features: int,
+    dtype: str,
+    channel_scales: paddle.Tensor | None = None,
+    *,
+    first_row: int = 0,
+    num_rows: int | None = None,
+) -> paddle.Tensor:
+    """Rows of a low-bit weight as a tensor that the framework multiplies by.
+
+    Args:
+        qweight, scales: as ``quantization.tiles`` makes them.
+        dtype: ``float32``, ``float16`` or ``bfloat16``: rows of W itself, a Hadamard transform
+            undone; ``int8`` or ``float8_e4m3fn``: rows of ``W / channel_scales``, exact for the
+            formats w4a8 and w4afp8 respectively, not served with a Hadamard transform.
+        channel_scales: fp32 ``[out_features]``, for the last two.
+        first_row: a multiple of 16.
+        num_rows: None for all that follow.
+
+    Returns:
+        ``[num_rows, in_features]`` in ``dtype``.
+    """
+    count = out_features - first_row if num_rows is None else num_rows
+    (rows,) = _run(
+        "expand_low_bit_weight",
+        {},
+        [qweight, scales, channel_scales],
+        [out_features, in_features, *_format_attributes(fmt), first_row, count, dtype],
+    )
+    return rows
+
+
+def _format_attributes(fmt: LowBitFormat) -> tuple[int, int, int, int]:
+    return fmt.bits, fmt.group, fmt.zero, fmt.hadamard
+
+
 def _softmax_scale(cache: paddle.Tensor) -> float:
     return float(cache.shape[-1] ** -0.5)
 
@@ -185,8 +271,8 @@ def _softmax_scale(cache: paddle.Tensor) -> float:
 def _run(
     op: str,
     written: dict[str, paddle.Tensor],
-    tensors: Sequence[paddle.Tensor],
-    attributes: Sequence[float | int | bool] = (),
+    tensors: Sequence[paddle.Tensor | None],
+    attributes: Sequence[float | int | bool | str] = (),
 ) -> Any:
     binding.load()
     import paddle
