@@ -25,6 +25,9 @@ enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kFl
 
 // The requests of one step. kv_len(b) = history_lens[b] + query_lens[b]. Token t of request b
 // stands at position history_lens[b] + t - cu_seqlens_q[b]. A slot with query_lens[b] == 0 is idle.
+// A call of select_blocks or sparse_attention may be a window of a longer step: cu_seqlens_q then
+// counts from its first row and starts below 0, and of request b it holds the rows from
+// max(0, cu_seqlens_q[b]) to min(num_tokens, cu_seqlens_q[b] + query_lens[b]).
 struct Batch {
   const int32_t* batch_id_per_token;  // [num_tokens], -1: a padding row, nothing is read or written
   const int32_t* cu_seqlens_q;        // [batch_size + 1]

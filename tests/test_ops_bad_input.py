@@ -84,7 +84,8 @@ def test_every_op_refuses_a_bad_batch_and_writes_nothing(
         ("heads", "head_dim", 40, "head_dim is 40, wanted a multiple of 16 up to 256"),
         ("heads", "head_dim", 272, "head_dim is 272, wanted a multiple of 16 up to 256"),
         ("batch", "num_tokens", -1, "num_tokens is -1, wanted at least 0"),
-        ("batch", "num_tokens", 7, "the sum of query_lens is 8, wanted at most num_tokens (7)"),
+        ("batch", "max_query_len", 0, "max_query_len is 0, wanted at least 1"),
+        ("batch", "max_query_len", 4, "query_lens[0] is 5, wanted at most max_query_len (4)"),
         ("batch", "batch_size", 0, "batch_size is 0, wanted at least 1"),
         ("batch", "max_blocks", 0, "max_blocks is 0, wanted at least 1"),
         ("batch", "num_pages", 0, "num_pages is 0, wanted at least 1"),
@@ -106,3 +107,34 @@ def test_refuses_a_bad_struct(part_of: str | None, name: str, value: object, mes
     with pytest.raises(capi.KernelError) as refusal:
         capi.run_cpu(params)
     assert str(refusal.value) == f"sparse_attention: {message}"
+
+
+@pytest.mark.parametrize("op", ["rope_and_write_kv", "compress_keys"])
+def test_only_the_ops_that_take_windows_take_part_of_a_step(op: str) -> None:
+    step = make_step([(100, 5), (60, 3)])
+    table = np.ones((256, 32), np.float32)
+    params = {
+        "rope_and_write_kv": capi.rope_and_write_kv_params(
+            step, step.q, step.q, step.q, table, table
+        ),
+        "compress_keys": capi.compress_keys_params(step),
+    }[op]
+    params.batch.num_tokens = 7
+    with pytest.raises(capi.KernelError) as refusal:
+        capi.run_cpu(params)
+    message = "the sum of query_lens is 8, wanted at most num_tokens (7)"
+    assert str(refusal.value) == f"{op}: {message}"
+
+
+@pytest.mark.parametrize("op", ["select_blocks", "sparse_attention"])
+def test_a_window_begins_inside_its_step(op: str) -> None:
+    step = _set("cu_seqlens_q", 0, 2)(make_compressed_step([(100, 5), (60, 3)]))
+    lists, out = _lists(step), np.empty_like(step.q)
+    params = {
+        "select_blocks": capi.select_blocks_params(step, SMALL, lists),
+        "sparse_attention": capi.sparse_attention_params(step, lists, out, -1),
+    }[op]
+    with pytest.raises(capi.KernelError) as refusal:
+        capi.run_cpu(params)
+    message = "cu_seqlens_q[0] is 2, wanted at most 0, where the step begins"
+    assert str(refusal.value) == f"{op}: {message}"

@@ -235,7 +235,9 @@ Status run_select_blocks(const SelectBlocksParams& params, void* /*stream*/) {
   constexpr const char* kOp = "select_blocks";
   const Batch& batch = params.batch;
   Settings settings;
-  if (const Status status = prepare_rows(kOp, params, settings); !status.ok()) return status;
+  if (const Status status = prepare_rows(kOp, params, settings, Extent::kWindow); !status.ok()) {
+    return status;
+  }
 
   const std::vector<Tile> tiles = cut_into_tiles(batch, kTileTokens);
   const int num_kv_heads = params.heads.num_kv_heads;

@@ -229,7 +229,9 @@ Status run_sparse_attention(const SparseAttentionParams& params, void* /*stream*
   constexpr const char* kOp = "sparse_attention";
   const Batch& batch = params.batch;
   Settings settings;
-  if (const Status status = prepare_rows(kOp, params, settings); !status.ok()) return status;
+  if (const Status status = prepare_rows(kOp, params, settings, Extent::kWindow); !status.ok()) {
+    return status;
+  }
   if (const Status status = check_lists(params); !status.ok()) return status;
 
   clear_padding_rows(params);

@@ -29,15 +29,25 @@ inline int64_t page(const Batch& batch, int request, int block) {
   return batch.block_tables[int64_t{request} * batch.max_blocks + block];
 }
 
+// What the rows of a call may be: all of a step, or a window of them (params.h).
+enum class Extent { kStep, kWindow };
+
 // Every value the ops follow to an address: the lengths fit the table, the table entries in use are
 // pages, tokens and requests agree. Entries beyond a request's length are never read, nor is
 // anything of an idle slot.
-inline Status check_values(const char* op, const Batch& batch) {
+inline Status check_values(const char* op, const Batch& batch, Extent extent = Extent::kStep) {
   Check check(op);
   int64_t tokens = 0;
+  if (extent == Extent::kWindow && batch.batch_size > 0) {
+    tokens = batch.cu_seqlens_q[0];
+    check.require(tokens <= 0, at("cu_seqlens_q", 0), std::to_string(tokens),
+                  "at most 0, where the step begins");
+  }
   for (int b = 0; b < batch.batch_size && check.ok(); ++b) {
     const int64_t query_len = batch.query_lens[b];
-    check.at_least(at("query_lens", b).c_str(), query_len, 0);
+    check.at_least(at("query_lens", b).c_str(), query_len, 0)
+        .require(query_len <= batch.max_query_len, at("query_lens", b), std::to_string(query_len),
+                 "at most max_query_len (" + std::to_string(batch.max_query_len) + ")");
     check.require(batch.cu_seqlens_q[b] == tokens, at("cu_seqlens_q", b),
                   std::to_string(batch.cu_seqlens_q[b]),
                   std::to_string(tokens) + ", the sum of query_lens before it");
@@ -65,7 +75,8 @@ inline Status check_values(const char* op, const Batch& batch) {
                   at("cu_seqlens_q", batch.batch_size),
                   std::to_string(batch.cu_seqlens_q[batch.batch_size]),
                   std::to_string(tokens) + ", the sum of query_lens");
-    check.require(tokens <= batch.num_tokens, "the sum of query_lens", std::to_string(tokens),
+    check.require(extent == Extent::kWindow || tokens <= batch.num_tokens, "the sum of query_lens",
+                  std::to_string(tokens),
                   "at most num_tokens (" + std::to_string(batch.num_tokens) + ")");
   }
   return check.status();
@@ -89,10 +100,11 @@ inline Status check_owners(const char* op, const Batch& batch) {
 
 // What every op that walks rows does first: everything checked, and the settings of this call read.
 template <typename Params>
-Status prepare_rows(const char* op, const Params& params, Settings& settings) {
+Status prepare_rows(const char* op, const Params& params, Settings& settings,
+                    Extent extent = Extent::kStep) {
   if (Status status = validate(params); !status.ok()) return status;
   if (Status status = read_settings(op, settings); !status.ok()) return status;
-  if (Status status = check_values(op, params.batch); !status.ok()) return status;
+  if (Status status = check_values(op, params.batch, extent); !status.ok()) return status;
   return check_owners(op, params.batch);
 }
 
@@ -106,9 +118,10 @@ struct Tile {
 inline std::vector<Tile> cut_into_tiles(const Batch& batch, int tile_tokens) {
   std::vector<Tile> tiles;
   for (int b = 0; b < batch.batch_size; ++b) {
-    for (int done = 0; done < batch.query_lens[b]; done += tile_tokens) {
-      tiles.push_back(
-          {b, batch.cu_seqlens_q[b] + done, std::min(tile_tokens, batch.query_lens[b] - done)});
+    // A window need not hold all rows of a request.
+    const int end = std::min(batch.num_tokens, batch.cu_seqlens_q[b] + batch.query_lens[b]);
+    for (int first = std::max(0, batch.cu_seqlens_q[b]); first < end; first += tile_tokens) {
+      tiles.push_back({b, first, std::min(tile_tokens, end - first)});
     }
   }
   return tiles;

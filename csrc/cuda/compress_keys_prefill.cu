@@ -160,8 +160,8 @@ Status compress_keys_prefill(const CompressKeysParams& params, void* stream) {
   const int64_t rows = int64_t{batch.batch_size} * params.heads.num_kv_heads;
   const int most = static_cast<int>(std::max<int64_t>(8, kMaxBlocks / rows));
   LaunchShape shape;
-  shape.grid = dim3(std::min((blocks + kRunPages - 1) / kRunPages, most),
-                    params.heads.num_kv_heads, batch.batch_size);
+  shape.grid = dim3(std::min((blocks + kRunPages - 1) / kRunPages, most), params.heads.num_kv_heads,
+                    batch.batch_size);
   shape.threads = kRunThreads;
   const auto kernel = params.heads.dtype == kFloat16 ? compress_keys_prefill_kernel<__half>
                                                      : compress_keys_prefill_kernel<__nv_bfloat16>;

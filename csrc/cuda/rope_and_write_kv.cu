@@ -1,9 +1,9 @@
 // Rotates q in place and writes rotated k and plain v to their pages.
 //
-// Eight threads a head, each with the 8 dimensions of one chunk of the first half and the 8 they are
-// rotated with. Few tokens get a block each, which has the shortest way from start to end; many get
-// a warp each, which reads its angles once and keeps several heads in flight. Products and sums are
-// rounded one by one, as a framework does it, so both give the same bits.
+// Eight threads a head, each with the 8 dimensions of one chunk of the first half and the 8 they
+// are rotated with. Few tokens get a block each, which has the shortest way from start to end; many
+// get a warp each, which reads its angles once and keeps several heads in flight. Products and sums
+// are rounded one by one, as a framework does it, so both give the same bits.
 #include "paged_kv.cuh"
 
 namespace minicpm41 {

@@ -16,7 +16,7 @@ from fastdeploy.model_executor.layers.attention import AppendAttentionBackend
 from fd_minicpm41 import ops
 from fd_minicpm41.cache import compressed_keys_of, compressed_keys_share
 from fd_minicpm41.config import BLOCK_SIZE
-from fd_minicpm41.metadata import InfLLMV2AttentionMetadata
+from fd_minicpm41.metadata import InfLLMV2AttentionMetadata, longest_query
 from fd_minicpm41.preflight import check_sparse_attention, served_sparse_config
 
 if TYPE_CHECKING:
@@ -94,9 +94,22 @@ class InfLLMV2AttentionBackend(AppendAttentionBackend):
         step, sparse = self.step, self.sparse
         k_cache, v_cache = forward_meta.caches[2 * layer.layer_id : 2 * layer.layer_id + 2]
         k1_cache, k2_cache = compressed_keys_of(k_cache)
-        ops.rope_and_write_kv(qkv, forward_meta.rotary_embs, k_cache, v_cache, step.batch)
-        ops.compress_keys(k_cache, k1_cache, k2_cache, step.compress_from, step.batch)
-        topk_idx = ops.select_blocks(qkv, k1_cache, k2_cache, step.batch, sparse, overlap=True)
-        return ops.sparse_attention(
-            qkv, k_cache, v_cache, topk_idx, step.batch, sparse, overlap=True
-        )
+        batch = step.batch._replace(max_query_len=longest_query(forward_meta))
+        ops.rope_and_write_kv(qkv, forward_meta.rotary_embs, k_cache, v_cache, batch)
+        ops.compress_keys(k_cache, k1_cache, k2_cache, step.compress_from, batch)
+        if not step.windows:
+            topk_idx = ops.select_blocks(qkv, k1_cache, k2_cache, batch, sparse, overlap=True)
+            return ops.sparse_attention(
+                qkv, k_cache, v_cache, topk_idx, batch, sparse, overlap=True
+            )
+        out = []
+        for rows, window in step.windows:
+            part = qkv[rows]
+            # Only the first window has compress_keys right before it.
+            topk_idx = ops.select_blocks(
+                part, k1_cache, k2_cache, window, sparse, overlap=rows.start == 0
+            )
+            out.append(
+                ops.sparse_attention(part, k_cache, v_cache, topk_idx, window, sparse, overlap=True)
+            )
+        return paddle.concat(out)

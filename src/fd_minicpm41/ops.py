@@ -64,6 +64,18 @@ class Batch(NamedTuple):
             return int(self.batch_id_per_token.shape[0])
         return self.max_query_len
 
+    def window(self, rows: slice) -> Batch:
+        """The same step with only these of its rows, for :func:`select_blocks` and
+        :func:`sparse_attention`: their scratch then grows with a window, not with the step.
+
+        Its ``cu_seqlens_q`` counts from the window's first row and so starts below 0.
+        """
+        return self._replace(
+            batch_id_per_token=self.batch_id_per_token[rows],
+            cu_seqlens_q=self.cu_seqlens_q - rows.start,
+            max_query_len=self.longest_query(),
+        )
+
 
 def rope_and_write_kv(
     qkv: paddle.Tensor,
