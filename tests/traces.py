@@ -152,7 +152,8 @@ class Replay:
             self.run_params(params)
             return arrays["qkv"]
         if call.op == "select_blocks":
-            scale, init_blocks, local_blocks, budget, dense_len, _ = call.attributes
+            # A trace may be older than the attribute before these.
+            scale, init_blocks, local_blocks, budget, dense_len, _ = call.attributes[-6:]
             result = self.upload(np.full((num_kv_heads, num_tokens, int(budget)), -1, np.int32))
             select = capi.SelectBlocksParams(
                 batch=batch,
@@ -169,7 +170,7 @@ class Replay:
             )
             self._run_with_workspace(select)
             return result
-        scale, dense_len, _ = call.attributes
+        scale, dense_len, _ = call.attributes[-3:]
         shape = (num_tokens, self.num_q_heads * head_dim)
         result = self.upload(np.full(shape, np.nan, DTYPES["bfloat16"]))
         attend = capi.SparseAttentionParams(
