@@ -17,6 +17,8 @@ from safetensors.numpy import save_file
 
 from fd_minicpm41.config import MiniCPMConfig, SparseConfig, read_json
 from fd_minicpm41.errors import UsageError
+from fd_minicpm41.quantization.formats import dequantize
+from fd_minicpm41.quantization.sidecar import logical_shapes, read_sidecar, split_tensor_name
 from fd_minicpm41.reference.model import ForCausalLM, weight_shapes
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -25,18 +27,19 @@ HEAD = "lm_head.weight"
 # Tables that old files carry and that are computed here.
 COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
 DTYPES = ("F32", "F16", "BF16")
+LOW_BIT_DTYPES = {".qweight": ("U8",), ".scales": ("BF16",), ".channel_scales": ("F32",)}
 # Names an error message lists before it only counts.
 MAX_LISTED = 6
 
 
-class Checkpoint:
-    """The weights of a folder: one ``model.safetensors``, or shards with an index.
+class TensorFiles:
+    """The safetensors of a folder: one ``model.safetensors``, or shards with an index.
 
-    Headers are checked on opening; a tensor is read when asked for, so that loading needs the
-    memory of the model and of one tensor.
+    Headers are read on opening, a tensor when it is asked for.
 
     Attributes:
-        shapes: shape by name, as stored.
+        shapes, dtypes: by name, as stored; dtypes in safetensors' words ("BF16").
+        path_of: the file of each tensor.
 
     Raises:
         UsageError: no weights, a damaged file, or an index that does not fit its shards.
@@ -56,25 +59,62 @@ class Checkpoint:
                 "safetensors weights"
             )
         self._file_of: dict[str, Any] = {}
+        self.path_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         for name in names:
             path = folder / name
             file = _open(path)
             for tensor in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                 held = file.get_slice(tensor)
-                if held.get_dtype() not in DTYPES:
-                    raise UsageError(
-                        f"{path}: {tensor} is {held.get_dtype()}, wanted one of "
-                        f"{', '.join(DTYPES)}: give the unquantised checkpoint"
-                    )
                 self._file_of[tensor] = file
+                self.path_of[tensor] = path
                 self.shapes[tensor] = tuple(held.get_shape())
+                self.dtypes[tensor] = held.get_dtype()
         absent = sorted(set(index or {}) - set(self.shapes))
         if absent:
             raise UsageError(
                 f"{folder / INDEX_FILE} lists tensors that no shard holds ({_listed(absent)}): "
                 "download the shards again"
             )
+
+    def load(self, name: str) -> paddle.Tensor:
+        """The tensor as it lies in the file."""
+        return self._file_of[name].get_tensor(name)
+
+
+class Checkpoint:
+    """The weights of a folder, checked on opening and read tensor by tensor.
+
+    Loading needs the memory of the model and of one tensor. A folder with a sidecar of low-bit
+    weights reads as the checkpoint that its codes stand for.
+
+    Attributes:
+        shapes: shape by name, as the model needs them.
+        files: the tensors as stored: others than the model's where weights are low-bit.
+        sidecar: what ``fdm_quant.json`` says; ``None`` for full-precision weights.
+
+    Raises:
+        UsageError: what :class:`TensorFiles` raises, a dtype that is not read, or tensors that do
+            not fit the sidecar.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.sidecar = read_sidecar(folder)
+        self.files = TensorFiles(folder)
+        for tensor, dtype in self.files.dtypes.items():
+            dtypes: tuple[str, ...] = DTYPES
+            parts = split_tensor_name(tensor)
+            if self.sidecar is not None and parts is not None:
+                dtypes = LOW_BIT_DTYPES[parts[1]]
+            if dtype not in dtypes:
+                raise UsageError(
+                    f"{self.files.path_of[tensor]}: {tensor} is {dtype}, wanted one of "
+                    f"{', '.join(dtypes)}: give the unquantised checkpoint"
+                )
+        self.shapes = self.files.shapes
+        if self.sidecar is not None:
+            self.shapes = logical_shapes(self.files.shapes, self.sidecar, str(folder))
 
     @property
     def is_tied(self) -> bool:
@@ -115,8 +155,13 @@ class Checkpoint:
             )
 
     def load(self, name: str) -> paddle.Tensor:
-        """The tensor as fp32, in its stored shape."""
-        tensor = self._file_of[name].get_tensor(name)
+        """The tensor as fp32, in the shape the model needs; low-bit weights dequantised."""
+        module = name.removesuffix(".weight")
+        if self.sidecar is not None and module in self.sidecar.modules:
+            qweight = self.files.load(f"{module}.qweight").numpy()
+            scales = self.files.load(f"{module}.scales").astype("float32").numpy()
+            return paddle.to_tensor(dequantize(qweight, scales, self.sidecar.modules[module]))
+        tensor = self.files.load(name)
         return tensor if tensor.dtype == paddle.float32 else tensor.astype("float32")
 
 
