@@ -24,8 +24,9 @@ def copies_for(bytes_read: int, bytes_held: int, limit: int = 24 * 2**30) -> int
     return int(min(wanted, max(1, limit // bytes_held)))
 
 
-def graph_time(run: Callable[[int], None], copies: int) -> float:
-    """Median microseconds of one call of ``run``, over CUDA-graph replays of one for each copy."""
+def graph_time(run: Callable[[int], None], copies: int, rounds: int | None = None) -> float:
+    """Median microseconds of one call of ``run``, over CUDA-graph replays of ``rounds`` for each
+    copy; None: as many as make a graph of 16 calls."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -33,7 +34,7 @@ def graph_time(run: Callable[[int], None], copies: int) -> float:
             run(index)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    rounds = max(1, 16 // copies)
+    rounds = rounds or max(1, 16 // copies)
     with torch.cuda.graph(graph, stream=side):
         for _ in range(rounds):
             for index in range(copies):
@@ -92,6 +93,13 @@ def environment(command: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,
     }
+
+
+def rounded(value: Any) -> Any:
+    """Floats with three decimals, also inside dicts."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return round(value, 3) if isinstance(value, float) else value
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:

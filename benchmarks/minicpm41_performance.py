@@ -1,4 +1,5 @@
-"""Times the kernels beside what they must beat: `minicpm41_performance.py decode`, `prefill`.
+"""Times the kernels beside what they must beat: `minicpm41_performance.py decode`, `prefill`,
+`step`.
 
 Every figure is the median of graph replays over inputs larger than L2, and the timed run's own
 output is held to the oracle of tests/gpu.
@@ -25,6 +26,16 @@ def main() -> int:
     prefill.add_argument("--out", type=Path, help="write the rows here as JSON")
     prefill.add_argument("--longest", type=int, default=131072, help="leave out longer prompts")
     prefill.add_argument("--repeats", type=int, default=20, help="runs that a median is of")
+    step = kinds.add_parser("step", help="the whole model: prompts and decode steps")
+    step.add_argument("--out", type=Path, help="write the rows here as JSON")
+    step.add_argument("--longest", type=int, default=131072, help="leave out longer contexts")
+    step.add_argument(
+        "--weights",
+        choices=["all", "bf16", "wint8", "wint4", "wint2"],
+        default="all",
+        help="of the model; all: bf16, and one request's decode step with each of the others",
+    )
+    step.add_argument("--only-weights", action="store_true", help="one request's step alone")
     args = parser.parse_args()
     args.command = shlex.join(["python", *sys.argv])
     return importlib.import_module(args.kind).main(args)

@@ -339,12 +339,6 @@ def print_row(row: dict[str, Any]) -> None:
     )
 
 
-def rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    return round(value, 3) if isinstance(value, float) else value
-
-
 def main(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     rate = measure.product_rate()
@@ -395,7 +389,7 @@ def main(args: argparse.Namespace) -> int:
             "product_flops_per_second": rate,
             "repeats": args.repeats,
             "window_rows": WINDOW_ROWS,
-            "rows": [rounded(row) for row in rows],
+            "rows": [measure.rounded(row) for row in rows],
         }
         measure.write_json(args.out, result)
     missed = sum(not row["held"] for row in rows)
