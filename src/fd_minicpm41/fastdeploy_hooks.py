@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from fd_minicpm41 import __version__
-from fd_minicpm41.config import ARCHITECTURE
+from fd_minicpm41.config import ARCHITECTURE, MiniCPMConfig
 from fd_minicpm41.errors import UsageError
 from fd_minicpm41.hybrid_reasoning.mode import HybridReasoningMode
 from fd_minicpm41.hybrid_reasoning.thinking_budget import GENERATED_KEY, ThinkingBudget
@@ -34,6 +34,7 @@ from fd_minicpm41.preflight import (
     is_served_sparsely,
     served_config,
 )
+from fd_minicpm41.quantization.choice import PREFIX, choose_quantization
 
 logger = logging.getLogger("fd_minicpm41")
 
@@ -150,6 +151,17 @@ def default_attention_backend(fd_config: Any, *args: Any, **kwargs: Any) -> Any:
     return backend(fd_config, *args, **kwargs)
 
 
+def _wrap_quantization(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_quantization_config(quantization: str) -> Any:
+        if quantization.startswith(PREFIX):
+            from fd_minicpm41.quantization.config import LowBitConfig
+
+            return LowBitConfig
+        return original(quantization)
+
+    return get_quantization_config
+
+
 def _wrap_page_bytes(original: Callable[..., Any]) -> Callable[..., Any]:
     def cal_theortical_kvcache(self: Any) -> int:
         share = getattr(self.attn_backends[0], "compressed_keys_share", 0.0)
@@ -214,8 +226,9 @@ LEDGER: tuple[Hook, ...] = (
         target="fastdeploy.config:FDConfig.check",
         why="A bad checkpoint or context is only found in the worker, whose failure reaches the "
         "user as 'failed to launch worker' or, offline, as a hang.",
-        how="Checks the checkpoint and the context first, in every process that makes a "
-        "configuration; other architectures pass straight through.",
+        how="Checks the checkpoint, the context and the weights' format first, in every process "
+        "that makes a configuration, and notes the format for the worker's command line; other "
+        "architectures pass straight through.",
         upstream="A hook with which a registered model class checks the configuration it is asked "
         "to serve.",
         remove_when="FastDeploy calls such a hook before it starts workers.",
@@ -230,6 +243,16 @@ LEDGER: tuple[Hook, ...] = (
         upstream="A registry of attention backends, and a default that a model class may name.",
         remove_when="FastDeploy has both.",
         wrap=_wrap_backend_choice,
+    ),
+    Hook(
+        target="fastdeploy.model_executor.layers.quantization:get_quantization_config",
+        why="The names of formats are a closed list, and for a dense model wint2 means 8 bits, "
+        "w4afp8 fp8, w4a8 a crash and fp8 nothing.",
+        how="Answers the names that start with fdm_, which only our check of the configuration "
+        "gives to a worker, and only for our checkpoints; FastDeploy's own names are passed on.",
+        upstream="A registry of quantisation methods.",
+        remove_when="FastDeploy has one.",
+        wrap=_wrap_quantization,
     ),
     Hook(
         target="fastdeploy.model_executor.logits_processor:build_logits_processors",
@@ -315,12 +338,33 @@ def check_before_start(fd_config: Any) -> None:
             raise UsageError(_refusal)
         config = check_checkpoint(folder, fd_config.tokenizer)
         check_context(config, fd_config.model_config.max_model_len)
+        _choose_quantization(fd_config, config)
         if is_served_sparsely(config):
             check_sparse_attention(fd_config)
         HybridReasoningMode.from_environment()
     except UsageError:
         sys.excepthook = _print_one_line
         raise
+
+
+def _choose_quantization(fd_config: Any, config: MiniCPMConfig) -> None:
+    """Notes the weights' format where FastDeploy's engine takes its worker's ``--quantization``."""
+    import paddle
+
+    model_config = fd_config.model_config
+    chosen = choose_quantization(
+        model_config.model,
+        config,
+        model_config.quantization,
+        tensor_parallel_size=fd_config.parallel_config.tensor_parallel_size,
+        tile=128 if paddle.is_compiled_with_cuda() else 64,
+    )
+    if fd_config.quant_config is not None and chosen != model_config.quantization:
+        raise UsageError(
+            f"--quantization of a worker is {model_config.quantization!r}, wanted {chosen!r}: "
+            "start it with `fastdeploy serve` or fastdeploy.LLM"
+        )
+    model_config.quantization = chosen
 
 
 def _print_one_line(

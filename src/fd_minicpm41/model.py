@@ -35,6 +35,13 @@ from fd_minicpm41.config import ARCHITECTURE, MiniCPMConfig
 from fd_minicpm41.errors import UsageError
 from fd_minicpm41.fastdeploy_hooks import install_worker_hooks
 from fd_minicpm41.preflight import check_context, served_config
+from fd_minicpm41.quantization.choice import stored_formats, stored_names
+from fd_minicpm41.quantization.vocabulary import (
+    EMBEDDING_MODULE,
+    HEAD_MODULE,
+    LowBitEmbedding,
+    LowBitHead,
+)
 from fd_minicpm41.reference.model import weight_shapes
 from fd_minicpm41.rope import rope_table
 
@@ -50,7 +57,6 @@ WEIGHT_TABLE = (
     ("model.embed_tokens.", "model.embed_tokens.embeddings.", None),
     ("lm_head.", "lm_head.linear.", None),
 )
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Recomputed from the configuration; old exports carry them.
 IGNORED_WEIGHTS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
@@ -161,13 +167,17 @@ class MiniCPM41Model(nn.Layer):
         super().__init__()
         fd_config.model_config.pretrained_config.prefix_name = "model"
         self.scale_emb = config.scale_emb
-        self.embed_tokens = VocabParallelEmbedding(
-            fd_config=fd_config,
-            num_embeddings=config.vocab_size,
-            embedding_dim=config.hidden_size,
-            params_dtype=paddle.get_default_dtype(),
-            prefix="model.embed_tokens",
-        )
+        formats = stored_formats(fd_config.model_config.model)
+        if EMBEDDING_MODULE in formats:
+            self.embed_tokens = LowBitEmbedding(config, formats[EMBEDDING_MODULE])
+        else:
+            self.embed_tokens = VocabParallelEmbedding(
+                fd_config=fd_config,
+                num_embeddings=config.vocab_size,
+                embedding_dim=config.hidden_size,
+                params_dtype=paddle.get_default_dtype(),
+                prefix=EMBEDDING_MODULE,
+            )
         self.layers = nn.LayerList(
             [
                 MiniCPM41DecoderLayer(fd_config, config, i, f"model.layers.{i}")
@@ -205,14 +215,23 @@ class MiniCPM41ForCausalLM(ModelForCasualLM):
         self.fd_config = fd_config
         self.config = served_config(fd_config.model_config.model)
         check_context(self.config, fd_config.model_config.max_model_len)
+        chosen = fd_config.model_config.quantization
+        if chosen is not None and fd_config.quant_config is None:
+            raise UsageError(
+                f"{chosen['quantization']} was chosen, but this worker was not told: start it with "
+                "`fastdeploy serve` or fastdeploy.LLM"
+            )
         self.logits_scale = self.config.logits_scale
         self.model = MiniCPM41Model(fd_config=fd_config, config=self.config)
-        self.lm_head = ParallelLMHead(
-            fd_config=fd_config,
-            num_embeddings=self.config.vocab_size,
-            embedding_dim=self.config.hidden_size,
-            prefix="lm_head",
-        )
+        if HEAD_MODULE in stored_formats(fd_config.model_config.model):
+            self.lm_head = LowBitHead(fd_config, self.config)
+        else:
+            self.lm_head = ParallelLMHead(
+                fd_config=fd_config,
+                num_embeddings=self.config.vocab_size,
+                embedding_dim=self.config.hidden_size,
+                prefix=HEAD_MODULE,
+            )
         self.rotary_embs: paddle.Tensor | None = None
 
     @classmethod
@@ -230,14 +249,18 @@ class MiniCPM41ForCausalLM(ModelForCasualLM):
         parameters = dict(self.named_parameters())
         after_loading = process_weights_after_loading(dict(self.named_sublayers()), self.fd_config)
         default_loader = default_weight_loader(self.fd_config)
-        missing = set(weight_shapes(self.config, tied=False))
+        missing = stored_names(
+            weight_shapes(self.config, tied=False), self.fd_config.model_config.model
+        )
+        # Names of the head that the embedding's weights were loaded for.
+        tied: set[str] = set()
 
         def load(name: str, weight: Any) -> None:
             target, shard = parameter_name(name)
             parameter = parameters[target]
             loader = getattr(parameter, "weight_loader", default_loader)
             loader(parameter, weight, *([] if shard is None else [shard]))
-            after_loading(target.removesuffix(".weight"), parameter)
+            after_loading(target.rpartition(".")[0], parameter)
 
         for name, weight in weights_iterator:
             if IGNORED_WEIGHTS.search(name):
@@ -245,22 +268,28 @@ class MiniCPM41ForCausalLM(ModelForCasualLM):
             if name not in missing:
                 raise UsageError(
                     f"weight {name!r} has no place in MiniCPM4.1, or came twice: give the bf16 "
-                    "checkpoint in Hugging Face's format"
+                    "checkpoint in Hugging Face's format, or one of `fd-minicpm41 quantize`"
                 )
             load(name, weight)
             missing.remove(name)
-            if name == EMBEDDING and HEAD in missing:
+            head_name = name.replace(f"{EMBEDDING_MODULE}.", f"{HEAD_MODULE}.")
+            if head_name != name and head_name in missing:
                 # Loaded as the head too, each with its own split over ranks; the head's own weight
                 # replaces it if the checkpoint has one.
-                load(HEAD, weight)
-        if missing == {HEAD}:
-            logger.info("fd_minicpm41: no %s in the checkpoint, the embedding is the head", HEAD)
+                load(head_name, weight)
+                tied.add(head_name)
+        if missing and missing <= tied:
+            logger.info("fd_minicpm41: no lm_head in the checkpoint, the embedding is the head")
             missing.clear()
         if missing:
             raise UsageError(
                 f"the checkpoint lacks {len(missing)} weights, {min(missing)!r} for one: download "
                 "it again"
             )
+        if self.fd_config.quant_config is not None:
+            from fd_minicpm41.quantization.config import describe_weights
+
+            logger.info("fd_minicpm41: weights: %s", describe_weights(self))
 
     def set_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The entry of FastDeploy's older loader, which cannot read Hugging Face checkpoints."""
