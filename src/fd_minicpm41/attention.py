@@ -102,14 +102,14 @@ class InfLLMV2AttentionBackend(AppendAttentionBackend):
             return ops.sparse_attention(
                 qkv, k_cache, v_cache, topk_idx, batch, sparse, overlap=True
             )
-        out = []
+        out = paddle.empty([qkv.shape[0], self.num_heads * self.head_dim], qkv.dtype)
         for rows, window in step.windows:
             part = qkv[rows]
             # Only the first window has compress_keys right before it.
             topk_idx = ops.select_blocks(
                 part, k1_cache, k2_cache, window, sparse, overlap=rows.start == 0
             )
-            out.append(
-                ops.sparse_attention(part, k_cache, v_cache, topk_idx, window, sparse, overlap=True)
+            out[rows] = ops.sparse_attention(
+                part, k_cache, v_cache, topk_idx, window, sparse, overlap=True
             )
-        return paddle.concat(out)
+        return out
