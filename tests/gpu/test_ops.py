@@ -107,10 +107,9 @@ def test_windows_token_by_token_and_by_chunks_equal_one_pass_bitwise() -> None:
         same_bits(download(pieces.k2_cache), download(whole.k2_cache))
 
 
-@pytest.mark.parametrize("prompt", [70, 1050], ids=["few tokens", "many tokens"])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_rope_and_write_kv(geometry, prompt: int) -> None:
-    host = make_step([(0, prompt), (1000, 1), (0, 0), (127, 3)], geometry)
+def test_rope_and_write_kv(geometry) -> None:
+    host = make_step([(0, 70), (1000, 1), (0, 0), (127, 3)], geometry)
     dtype, g = DTYPES[geometry.dtype], geometry
     rng = np.random.default_rng(1)
     width = g.num_q_heads + 2 * g.num_kv_heads
