@@ -11,7 +11,7 @@ namespace cuda {
 namespace {
 
 constexpr int kStripsPerPage = kBlockSize / kKernelStride;
-constexpr int kRunPages = 4;
+constexpr int kRunPages = 2;
 constexpr int kRunStrips = (kRunPages + 1) * kStripsPerPage;
 constexpr int kRunWarps = 4;
 constexpr int kRunThreads = kRunWarps * kWarpSize;
