@@ -48,14 +48,18 @@ def assert_sparse(
 
 
 class TestChunkedPrefill:
-    """Chunks of at most 192 tokens, cut wherever the other requests of a step leave room."""
+    """Chunks of at most 192 tokens, cut wherever the other requests of a step leave room; the rows
+    of a step are attended to in windows of 80."""
 
     @pytest.fixture(scope="class")
     def engine(
         self, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
     ) -> Iterator[OfflineEngine]:
         folder = tmp_path_factory.mktemp("chunked")
-        with offline_engine(checkpoint, folder, max_num_batched_tokens=192) as started:
+        short = {"FD_MINICPM41_TEST_WINDOW_ROWS": "80"}
+        with offline_engine(
+            checkpoint, folder, variables=short, max_num_batched_tokens=192
+        ) as started:
             yield started
 
     def test_one_log_line_says_what_runs(self, engine: OfflineEngine) -> None:

@@ -100,6 +100,13 @@ def _record_op_calls(ops: Any) -> None:
         record_ops.install(ops, folder)
 
 
+@_after_import("fd_minicpm41.metadata")
+def _cut_steps_into_short_windows(metadata: Any) -> None:
+    rows = os.environ.get("FD_MINICPM41_TEST_WINDOW_ROWS")
+    if rows:
+        metadata.WINDOW_ROWS = int(rows)
+
+
 class _Event:
     def record(self, *args: Any) -> None:
         pass
