@@ -1,0 +1,186 @@
+"""Writes the tables of docs/benchmarks.md marked `<!-- table NAME -->` from benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/benchmarks.md"
+RESULTS = ROOT / "benchmarks/results"
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}_h100.json").read_text())
+
+
+def rows_of(result: dict[str, Any], *kinds: str) -> list[dict[str, Any]]:
+    return [row for row in result["rows"] if row["kind"] in kinds]
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *map(list, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def k(length: int) -> str:
+    return f"{length // 1024}K"
+
+
+def yes(held: bool) -> str:
+    return "yes" if held else "**no**"
+
+
+def made_on(result: dict[str, Any]) -> str:
+    e = result["environment"]
+    return (
+        f"{e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}, PyTorch {e['torch']}, cuDNN "
+        f"{e['cudnn']}, {e['date']}: `{e['command']}`."
+    )
+
+
+def prefill() -> str:
+    result = read("prefill")
+    return (
+        table(
+            ("prompt", "queries", "sparse step", "compress + select + attend", "cuDNN", "FA2")
+            + ("cuDNN / sparse", "floor", "target", "held"),
+            (
+                (
+                    k(row["length"]),
+                    row["kind"],
+                    f"{row['ours_ms']:.2f}",
+                    f"{row['compress_ms']:.2f} + {row['select_ms']:.2f} + {row['attend_ms']:.2f}",
+                    f"{row['cudnn_ms']:.2f}",
+                    f"{row['flash_ms']:.2f}",
+                    f"{row['cudnn_ms'] / row['ours_ms']:.2f}",
+                    f"{row['floor_ms']:.2f}",
+                    f"{row['target_ms']:.2f}",
+                    yes(row["held"]),
+                )
+                for row in rows_of(result, "correlated", "independent")
+            ),
+        )
+        + "\n\nMilliseconds. "
+        + made_on(result)
+    )
+
+
+def unions() -> str:
+    from workload import MEASURED_UNIONS
+
+    result = read("prefill")
+    measured = [("a trained model", *map(str, MEASURED_UNIONS.values()))]
+    return table(
+        ("neighbouring tokens", *map(str, MEASURED_UNIONS)),
+        measured
+        + [
+            (
+                f"{row['kind']}, {k(row['length'])}",
+                *(f"{row['unions'][str(n)]:.0f}" for n in MEASURED_UNIONS),
+            )
+            for row in rows_of(result, "correlated", "independent")
+        ],
+    )
+
+
+def chunks() -> str:
+    result = read("prefill")
+    lines = table(
+        ("64K prompt in chunks of", "sum of chunks", "of one shot", "same lists", "same output"),
+        (
+            (
+                k(row["chunk"]),
+                f"{row['ours_ms']:.2f}",
+                f"{row['ours_ms'] / row['one_shot_ms']:.2f}",
+                yes(row["same_selection"]),
+                yes(row["same_output"]),
+            )
+            for row in rows_of(result, "chunked")
+        ),
+    )
+    (rebuild,) = rows_of(result, "rebuild")
+    extra = max(row["extra_mib"] for row in rows_of(result, "correlated", "independent"))
+    return (
+        f"{lines}\n\nPrefix rebuild, {k(rebuild['length'])} tokens, {rebuild['layers']} layers: "
+        f"{rebuild['ours_ms']:.2f} ms, {rebuild['bytes_per_second'] / 1e12:.2f} TB/s (target "
+        f"{rebuild['target_ms']:.0f} ms). Memory beyond inputs, caches and outputs: at most "
+        f"{extra:.0f} MiB at any length."
+    )
+
+
+def first_token() -> str:
+    result = read("step")
+    return (
+        table(
+            ("prompt", "sparse, ms", "dense (cuDNN), ms", "dense / sparse", "runs"),
+            (
+                (
+                    k(row["length"]),
+                    f"{row['sparse_ms']:.0f}",
+                    f"{row['dense_ms']:.0f}",
+                    f"{row['gain']:.2f}",
+                    str(row["repeats"]),
+                )
+                for row in rows_of(result, "prompt")
+            ),
+        )
+        + "\n\n"
+        + made_on(result)
+    )
+
+
+def decode() -> str:
+    return table(
+        ("batch x length", "sparse, ms", "tokens/s", "dense, ms", "tokens/s", "dense / sparse"),
+        (
+            (
+                f"{row['batch']} x {k(row['length'])}",
+                f"{row['sparse_ms']:.2f}",
+                f"{row['sparse_tokens_per_second']:.0f}",
+                f"{row['dense_ms']:.2f} ({row['dense_backend']})",
+                f"{row['dense_tokens_per_second']:.0f}",
+                f"{row['gain']:.2f}",
+            )
+            for row in rows_of(read("step"), "decode")
+        ),
+    )
+
+
+def weights() -> str:
+    return table(
+        ("weights", "context", "step, ms", "tokens/s", "of bf16"),
+        (
+            (
+                row["weights"],
+                k(row["length"]),
+                f"{row['sparse_ms']:.2f}",
+                f"{1e3 / row['sparse_ms']:.0f}",
+                f"{row['gain_over_bf16']:.2f}",
+            )
+            for row in rows_of(read("step"), "weights")
+        ),
+    )
+
+
+TABLES = {one.__name__: one for one in (prefill, unions, chunks, first_token, decode, weights)}
+
+
+def main() -> None:
+    page = PAGE.read_text()
+    for name, make in TABLES.items():
+        opening, closing = f"<!-- table {name} -->", "<!-- end of table -->"
+        pattern = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)
+        places = pattern.findall(page)
+        if len(places) != 1:
+            raise SystemExit(f"{PAGE.name} has {len(places)} places for table {name}, wanted 1")
+        page = page.replace(places[0], f"{opening}\n{make()}\n{closing}")
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
