@@ -96,7 +96,9 @@ class InfLLMV2AttentionBackend(AppendAttentionBackend):
         k1_cache, k2_cache = compressed_keys_of(k_cache)
         batch = step.batch._replace(max_query_len=longest_query(forward_meta))
         ops.rope_and_write_kv(qkv, forward_meta.rotary_embs, k_cache, v_cache, batch)
-        ops.compress_keys(k_cache, k1_cache, k2_cache, step.compress_from, batch)
+        # Without a prefill chunk there is no prefix to rebuild.
+        start = None if batch.max_query_len == 1 else step.compress_from
+        ops.compress_keys(k_cache, k1_cache, k2_cache, start, batch)
         if not step.windows:
             topk_idx = ops.select_blocks(qkv, k1_cache, k2_cache, batch, sparse, overlap=True)
             return ops.sparse_attention(
