@@ -16,11 +16,9 @@ import measure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
-import oracle  # noqa: E402
-from gpu_ops import Launches, Sizes, download  # noqa: E402
+from gpu_ops import Launches, Sizes, assert_row, download  # noqa: E402
 
 import capi  # noqa: E402
-from accuracy import assert_selection, assert_within_budget, same_dtype_attention  # noqa: E402
 from cases import TRUE_GEOMETRY, Geometry  # noqa: E402
 
 # batch, length: the most microseconds that the step may take.
@@ -123,26 +121,17 @@ def check(step: PagedStep, launches: Launches, requests: list[int]) -> None:
         q = download(step.q)[request]
         for head in range(KV_HEADS):
             heads = slice(16 * head, 16 * head + 16)
-            assert_selection(
-                topk_idx[head : head + 1, request : request + 1],
-                oracle.block_scores(q[heads], k1[:, head], k2[:, head], position)[None, None],
-                oracle.forced_blocks(position, SIZES.init_blocks, SIZES.local_blocks + 1)[None],
-                np.array([position]),
-                SIZES.budget,
-                SIZES.dense_len,
+            assert_row(
+                q[heads],
+                keys[:, head],
+                values[:, head],
+                (k1[:, head], k2[:, head]),
+                position,
+                SIZES,
+                topk_idx[head, request],
+                out[request, heads],
+                lse[request, heads],
             )
-            is_dense = step.length < SIZES.dense_len
-            blocks = np.arange(position // 64 + 1) if is_dense else topk_idx[head, request]
-            tokens = oracle.listed_tokens(blocks, position)
-            truth, true_lse = oracle.attention(q[heads], keys[tokens, head], values[tokens, head])
-            framework = same_dtype_attention(
-                q[None, heads],
-                keys[tokens, head][:, None],
-                values[tokens, head][:, None],
-                np.ones((1, 1, len(tokens)), bool),
-            )
-            assert_within_budget(out[request, heads], truth, framework[0], "bfloat16")
-            np.testing.assert_allclose(lse[request, heads], true_lse, atol=1e-3)
 
 
 def time_ours(batch: int, length: int, max_blocks: int, parts: bool) -> dict[str, float]:

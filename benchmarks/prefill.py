@@ -21,11 +21,9 @@ import measure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
-import oracle  # noqa: E402
-from gpu_ops import NOT_WRITTEN, Sizes, download  # noqa: E402
+from gpu_ops import NOT_WRITTEN, Sizes, assert_row, download  # noqa: E402
 
 import capi  # noqa: E402
-from accuracy import assert_selection, assert_within_budget, same_dtype_attention  # noqa: E402
 from workload import (  # noqa: E402
     HEAD_DIM,
     KV_HEADS,
@@ -172,34 +170,19 @@ def check(prompt: Prompt, topk_idx: torch.Tensor, out: torch.Tensor) -> None:
     edges = [0, 63, 64, 6143, 6144, switch - 2, switch - 1, length // 2, length - 1]
     others = np.random.default_rng(length).integers(switch, length, 12)
     for position in sorted({p for p in (*edges, *others.tolist()) if p < length}):
-        q = download(prompt.q[position])
+        q, into = download(prompt.q[position]), download(out[position])
         for head in range(KV_HEADS):
             heads = slice(16 * head, 16 * head + 16)
-            is_dense = position + 1 < switch
-            blocks = np.arange(position // 64 + 1)
-            if not is_dense:
-                blocks = download(topk_idx[head, position])
+            assert_row(
+                q[heads],
+                keys[head],
+                values[head],
                 # Flat slot u holds fine window u - 1, slot b of K2 coarse window b - 1.
-                scores = oracle.block_scores(q[heads], k1[head, 1:], k2[head, 1:], position)
-                forced = oracle.forced_blocks(position, SIZES.init_blocks, SIZES.local_blocks + 1)
-                assert_selection(
-                    blocks[None, None],
-                    scores[None, None],
-                    forced[None],
-                    np.array([position]),
-                    SIZES.budget,
-                    SIZES.dense_len,
-                )
-            tokens = oracle.listed_tokens(blocks, position)
-            truth, _ = oracle.attention(q[heads], keys[head, tokens], values[head, tokens])
-            framework = same_dtype_attention(
-                q[None, heads],
-                keys[head, tokens][:, None],
-                values[head, tokens][:, None],
-                np.ones((1, 1, len(tokens)), bool),
-            )
-            assert_within_budget(
-                download(out[position, heads]), truth, framework[0], "bfloat16", f"row {position}"
+                (k1[head, 1:], k2[head, 1:]),
+                position,
+                SIZES,
+                download(topk_idx[head, position]),
+                into[heads],
             )
 
 

@@ -119,6 +119,49 @@ def run_step(
     return launches.result()
 
 
+def assert_row(
+    q: NDArray,
+    keys: NDArray,
+    values: NDArray,
+    windows: tuple[NDArray, NDArray],
+    position: int,
+    sizes: Sizes,
+    listed: NDArray[np.int32],
+    out: NDArray,
+    lse: NDArray[np.float32] | None = None,
+    what: str = "",
+) -> None:
+    """Holds one row of one kv head to the oracle: the list by the stored windows' scores, the
+    output over the list.
+
+    Args:
+        q, out: ``[group_size, head_dim]``.
+        keys, values: ``[kv_len, head_dim]``.
+        windows: K1 and K2, ``[windows, head_dim]``.
+        listed: ``[budget]``.
+        lse: ``[group_size]``.
+    """
+    what = f"{what} position {position}"
+    assert_selection(
+        listed[None, None],
+        oracle.block_scores(q, *windows, position)[None, None],
+        oracle.forced_blocks(position, sizes.init_blocks, sizes.local_blocks + 1)[None],
+        np.array([position]),
+        sizes.budget,
+        sizes.dense_len,
+    )
+    blocks = np.arange(position // 64 + 1) if position + 1 < sizes.dense_len else listed
+    tokens = oracle.listed_tokens(blocks, position)
+    truth, true_lse = oracle.attention(q, keys[tokens], values[tokens])
+    everything = np.ones((1, 1, len(tokens)), bool)
+    framework = same_dtype_attention(
+        q[None], keys[tokens][:, None], values[tokens][:, None], everything
+    )
+    assert_within_budget(out, truth, framework[0], out.dtype.name, what)
+    if lse is not None:
+        np.testing.assert_allclose(lse, true_lse, atol=1e-3, err_msg=what)
+
+
 def assert_step(
     host: Step, gpu: Step, sizes: Sizes, result: tuple[NDArray, NDArray, NDArray], rows: int = 8
 ) -> None:
@@ -142,27 +185,15 @@ def assert_step(
             row, position = first + pick, request.history_len + pick
             for head in range(g.num_kv_heads):
                 heads = slice(head * g.group_size, (head + 1) * g.group_size)
-                q = host.q[row, heads]
-                scores = oracle.block_scores(q, k1[:, head], k2[:, head], position)
-                forced = oracle.forced_blocks(position, sizes.init_blocks, sizes.local_blocks + 1)
-                assert_selection(
-                    topk_idx[head : head + 1, row : row + 1],
-                    scores[None, None],
-                    forced[None],
-                    np.array([position]),
-                    sizes.budget,
-                    sizes.dense_len,
+                assert_row(
+                    host.q[row, heads],
+                    host.keys[number][:, head],
+                    host.values[number][:, head],
+                    (k1[:, head], k2[:, head]),
+                    position,
+                    sizes,
+                    topk_idx[head, row],
+                    out[row, heads],
+                    lse[row, heads],
+                    f"request {number}, kv head {head},",
                 )
-                is_dense = position + 1 < sizes.dense_len
-                blocks = np.arange(position // 64 + 1) if is_dense else topk_idx[head, row]
-                tokens = oracle.listed_tokens(blocks, position)
-                keys = host.keys[number][tokens, head]
-                values = host.values[number][tokens, head]
-                truth, true_lse = oracle.attention(q, keys, values)
-                everything = np.ones((1, 1, len(tokens)), bool)
-                framework = same_dtype_attention(
-                    q[None], keys[:, None], values[:, None], everything
-                )
-                what = f"request {number}, position {position}, kv head {head}"
-                assert_within_budget(out[row, heads], truth, framework[0], g.dtype, what)
-                np.testing.assert_allclose(lse[row, heads], true_lse, atol=1e-3, err_msg=what)
