@@ -263,6 +263,28 @@ def test_alone_and_in_a_crowd_bitwise() -> None:
             same_bits(lse[request], single[request][2][0], what)
 
 
+@pytest.mark.parametrize("num_rows", [100, 333, 680])
+def test_windows_of_rows_equal_the_step_bitwise(num_rows: int) -> None:
+    _, gpu = ready([(900, 1), (0, 600), (0, 0), (1030, 1), (700, 77)], padding_rows=3)
+    whole = run_step(gpu, SMALL)
+    for first in range(0, gpu.num_tokens, num_rows):
+        rows = slice(first, min(first + num_rows, gpu.num_tokens))
+        part = replace(
+            gpu,
+            batch_id_per_token=gpu.batch_id_per_token[rows],
+            cu_seqlens_q=gpu.cu_seqlens_q - first,
+            q=gpu.q[rows],
+        )
+        launches = Launches(part, SMALL)
+        for params in (launches.select, launches.attend):
+            params.batch.max_query_len = 600
+            capi.run_cuda(params, stream())
+        topk_idx, out, lse = launches.result()
+        same_bits(topk_idx, whole[0][:, rows], f"lists of rows {rows}")
+        same_bits(out, whole[1][rows], f"rows {rows}")
+        same_bits(lse, whole[2][rows], f"lse of rows {rows}")
+
+
 def test_decode_equals_prefill_bitwise() -> None:
     _, gpu = ready([(0, 700)], padding_rows=0)
     whole = run_step(gpu, SMALL)
