@@ -38,13 +38,13 @@ class Hessian:
             self.sums[start:end, :end] += part
 
 
-def factor(hessian: paddle.Tensor, name: str, damp: float = DAMP) -> paddle.Tensor:
-    """The Cholesky factor ``[K, K]`` of the damped H; H's diagonal is changed in place.
+def factor(hessian: Hessian, name: str, damp: float = DAMP) -> paddle.Tensor:
+    """The lower Cholesky factor ``[K, K]`` of the damped second moments of the input of ``name``.
 
     Raises:
         UsageError: activations that are not finite.
     """
-    diagonal = paddle.diagonal(hessian).clone()
+    diagonal = paddle.diagonal(hessian.sums)
     mean = diagonal.mean()
     if not bool(paddle.isfinite(mean)):
         raise UsageError(
@@ -53,24 +53,16 @@ def factor(hessian: paddle.Tensor, name: str, damp: float = DAMP) -> paddle.Tens
         )
     if float(mean) == 0:
         mean = paddle.ones_like(mean)
-    while True:
-        hessian = _with_diagonal(hessian, diagonal + damp * mean)
+    while damp <= MAX_DAMP:
+        damped = paddle.diagonal_scatter(hessian.sums, diagonal + damp * mean)
         try:
-            lower = paddle.linalg.cholesky(hessian)
-            if bool(paddle.isfinite(lower.diagonal()).all()):
+            lower = paddle.linalg.cholesky(damped)
+            if bool(paddle.isfinite(paddle.diagonal(lower)).all()):
                 return lower
-        except (RuntimeError, OSError):  # Paddle's two ways to say "not positive definite"
+        except (RuntimeError, OSError):  # how Paddle says "not positive definite" on CPU and GPU
             pass
         damp *= 10
-        if damp > MAX_DAMP:
-            raise UsageError(
-                f"the inputs of {name} cannot be factored even when damped by {damp / 10}: give "
-                "another calibration text"
-            )
-
-
-def _with_diagonal(matrix: paddle.Tensor, diagonal: paddle.Tensor) -> paddle.Tensor:
-    return paddle.diagonal_scatter(matrix, diagonal)
+    raise UsageError(f"the inputs of {name} cannot be factored: give another calibration text")
 
 
 def quantise_gptq(

@@ -43,7 +43,7 @@ class Sidecar:
         algorithm: "rtn", "gptq", "ternary" or "import".
         source: SHA-256 by file of the checkpoint it was made from.
         calibration: text and tokens that GPTQ saw; ``None`` if there were none.
-        bits_per_weight: scales included, over the quantised modules.
+        bits_per_weight: scales included, over the low-bit linear layers of the decoder.
         size: bytes of all tensors.
         files: SHA-256 by file of the weights beside it.
         errors: relative error by module: of the output on calibration tokens, or of the weight.
