@@ -150,14 +150,20 @@ class KVCache:
 
 
 class Linear:
-    """``x @ weight.T``, without bias."""
+    """``x @ weight.T``, without bias.
+
+    Attributes:
+        rounding: applied to ``x`` first, where a format rounds activations; ``None`` as a rule.
+    """
+
+    rounding: Callable[[paddle.Tensor], paddle.Tensor] | None = None
 
     def __init__(self, load: WeightLoader, name: str) -> None:
         # Turned once: a product with one row then reads the weight in the order it is stored.
         self.weight = load(name).t().contiguous()
 
     def __call__(self, x: paddle.Tensor) -> paddle.Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x if self.rounding is None else self.rounding(x), self.weight)
 
 
 class RMSNorm:
