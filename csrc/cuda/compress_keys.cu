@@ -69,8 +69,9 @@ __global__ void __launch_bounds__(kCompressThreads)
     if (is_needed) {
       const int source_block = warp < kStripsPerPage ? block - 1 : block;
       const int slot = (warp % kStripsPerPage) * kKernelStride + half * (kKernelStride / 2);
-      const T* keys =
-          slot_row<kBlockSize>(k_cache, __ldg(pages + source_block), kv_heads, kv_head, slot);
+      // A request without pages has -1 there: what is read then is not written anywhere.
+      const int source_page = max(0, __ldg(pages + source_block));
+      const T* keys = slot_row<kBlockSize>(k_cache, source_page, kv_heads, kv_head, slot);
       uint4 rows[kKernelStride / 2];
 #pragma unroll
       for (int i = 0; i < kKernelStride / 2; ++i) {
@@ -96,7 +97,8 @@ __global__ void __launch_bounds__(kCompressThreads)
     __syncthreads();
 
     const int page = __ldg(pages + block);
-    for (int item = threadIdx.x; item < (kFineSlots + 1) * kHeadDim / 2; item += kCompressThreads) {
+    const int items = page < 0 ? 0 : (kFineSlots + 1) * kHeadDim / 2;
+    for (int item = threadIdx.x; item < items; item += kCompressThreads) {
       const int slot = item / (kHeadDim / 2);
       const int dim = item % (kHeadDim / 2) * 2;
       const bool is_coarse = slot == kFineSlots;

@@ -171,10 +171,12 @@ def test_a_long_rebuild_and_its_chunks_equal_one_pass_bitwise() -> None:
     same_bits(download(pieces.k1_cache), download(whole.k1_cache))
 
 
-def test_a_request_without_pages_is_left_alone() -> None:
-    host, gpu = ready([(100, 60), (0, 1030)])
+@pytest.mark.parametrize("request_", [(0, 1030), (1039, 1)], ids=["prompt", "decode row"])
+def test_a_request_without_pages_is_left_alone(request_: tuple[int, int]) -> None:
+    host, gpu = ready([(159, 1), request_])
     gpu.block_tables[1] = -1
     before = from_gpu(gpu)
+    compress(gpu)
     compress(gpu, [0, 0])
     qkv = torch.randn(gpu.num_tokens, 36, 128, dtype=torch.bfloat16, device="cuda")
     tables = torch.zeros(2, 1100, 128, device="cuda")

@@ -24,6 +24,10 @@ for dtype in ("bfloat16", "float16"):
         compress(step, [0] * len(requests))
         for overlap in (0, 1):
             run_step(step, SMALL, overlap)
+        # Requests without pages: nothing is read or written through page -1.
+        step.block_tables[:] = -1
+        compress(step)
+        compress(step, [0] * len(requests))
 """
 
 
