@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fd_minicpm41 import __version__
-from fd_minicpm41.cli import demo, doctor, generate, gguf
+from fd_minicpm41.cli import demo, doctor, generate, gguf, quantize, quantized
 from fd_minicpm41.errors import UsageError
 
 PROGRAM = "fd-minicpm41"
-COMMANDS = (generate, doctor, gguf, demo)
+COMMANDS = (generate, quantize, quantized, doctor, gguf, demo)
 
 EPILOG = """\
 examples:
@@ -25,6 +25,8 @@ examples:
   fd-minicpm41 generate --model DIR --prompt "Once upon a time" --max-tokens 64
   fd-minicpm41 generate --model DIR --prompt - --attention infllmv2 --json < book.txt
   fd-minicpm41 chat --model DIR
+  fd-minicpm41 quantize --model DIR --out DIR2 --method wint4 --calib book.txt
+  fd-minicpm41 eval --model DIR2 --source DIR --text another.txt
   fd-minicpm41 doctor
 
 Bad input is answered with one line on stderr and exit code 2.

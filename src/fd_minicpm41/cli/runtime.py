@@ -9,8 +9,9 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -54,6 +55,13 @@ def progress(total: int, what: str, unit: str) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, desc=what, unit=unit, leave=False, disable=not sys.stderr.isatty())
+
+
+def byte_progress(files: Iterable[Path], what: str) -> Any:
+    """A bar like :func:`progress` over the bytes of files."""
+    bar = progress(sum(path.stat().st_size for path in files), what, "B")
+    bar.unit_scale = True
+    return bar
 
 
 def counted(bar: Any) -> Callable[[int, int], None]:
