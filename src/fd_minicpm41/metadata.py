@@ -77,7 +77,7 @@ def longest_query(forward_meta: ForwardMeta) -> int | None:
     FastDeploy says so on the host between ``init_attention_metadata`` and the first layer: ask in a
     layer. A decode row brings one token, for speculative decoding is refused.
     """
-    return None if getattr(forward_meta, "exist_prefill", True) else 1
+    return None if forward_meta.exist_prefill else 1
 
 
 def _flat(lens: paddle.Tensor) -> paddle.Tensor:

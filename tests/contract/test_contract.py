@@ -206,9 +206,10 @@ def test_the_configurations_have_what_we_read(
 
 def test_the_forward_meta_has_what_we_read(symbols: dict[str, Any]) -> None:
     meta = symbols["fastdeploy.model_executor.forward_meta:ForwardMeta"]["attributes"]
-    assert {"rotary_embs", "caches", "block_tables", "cu_seqlens_q", "seq_lens_decoder"} <= set(
-        meta
-    )
+    read = {"rotary_embs", "caches", "block_tables", "cu_seqlens_q", "seq_lens_decoder"}
+    read |= {"batch_id_per_token", "seq_lens_this_time", "seq_lens_encoder"}
+    read |= {"step_use_cudagraph", "exist_prefill"}
+    assert read <= set(meta)
 
 
 @pytest.mark.skipif("FASTDEPLOY_SRC" not in os.environ, reason="FASTDEPLOY_SRC is not set")
