@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from fd_minicpm41.quantization.formats import (
-    GROUPS,
     LowBitFormat,
     dequantize,
     hadamard_blocks,
@@ -38,7 +37,8 @@ def read_weights(folder: Path) -> Weights:
     return {n: a.astype(np.float32) for f in files for n, a in load_file(f).items()}
 
 
-def _copy(source: Path, folder: Path, tensors: dict[str, NDArray]) -> Path:
+def copy_checkpoint(source: Path, folder: Path, tensors: dict[str, NDArray]) -> Path:
+    """The files of a checkpoint with other tensors."""
     folder.mkdir(parents=True)
     for path in source.iterdir():
         if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
@@ -63,7 +63,7 @@ def make_ternary(
             weight = (levels * scales).reshape(weight.shape)
             weight = change(name, weight)
         tensors[name] = weight.astype(BF16)
-    return _copy(source, folder, tensors)
+    return copy_checkpoint(source, folder, tensors)
 
 
 def round_weight(weight: NDArray[np.float32], fmt: LowBitFormat, method: str) -> dict[str, NDArray]:
@@ -120,7 +120,7 @@ def write_low_bit(
         modules[module] = vars(fmt)
         of = method if module not in rows_8_bit else "wint8"
         tensors |= {f"{module}.{part}": a for part, a in round_weight(weight, fmt, of).items()}
-    _copy(source, folder, tensors)
+    copy_checkpoint(source, folder, tensors)
     sidecar = {"format": "fdm-quant", "version": 1, "method": method, "modules": modules}
     (folder / "fdm_quant.json").write_text(json.dumps(sidecar))
     return folder
@@ -143,11 +143,8 @@ def restored(folder: Path) -> Weights:
 
 def write_restored(source: Path, folder: Path) -> Path:
     """The same as a plain fp32 checkpoint, for the reference."""
-    folder = _copy(source, folder, restored(source))
+    folder = copy_checkpoint(source, folder, restored(source))
     (folder / "fdm_quant.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
     return folder
-
-
-__all__ = ["GROUPS", "make_ternary", "restored", "round_weight", "write_low_bit", "write_restored"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,9 +20,10 @@ from fd_minicpm41.quantization.choice import (
     METHODS,
     QUANT_VARIABLE,
     choose_quantization,
+    is_ternary,
     stored_names,
-    ternary_scales,
 )
+from fd_minicpm41.quantization.ternary import STORED_GROUPS, quantise_ternary
 from low_bit_checkpoints import make_ternary, write_low_bit
 
 
@@ -156,6 +158,21 @@ def test_ranks_get_whole_groups_and_tiles(bf16: Path, stored: Path, tmp_path: Pa
         choose(small, "w4afp8", tile=128)
 
 
+def test_fp8_needs_a_gpu_that_has_it(bf16: Path, tmp_path: Path) -> None:
+    stored = write_low_bit(bf16, tmp_path / "c", "w4afp8")
+    for sm_version in (80, 86):
+        for folder, asked, instead in (
+            (bf16, "fp8", "wint8"),
+            (bf16, "w4afp8", "w4a8"),
+            (stored, None, "w4a8"),
+        ):
+            wanted = f"this one has 8.{sm_version % 10}: choose {instead}"
+            with pytest.raises(UsageError, match=wanted):
+                choose(folder, asked, sm_version=sm_version)
+        assert choose(bf16, "w4a8", sm_version=sm_version)
+    assert choose(bf16, "fp8", sm_version=89) and choose(stored, sm_version=90)
+
+
 def test_fastdeploys_cache_of_loaded_weights(
     bf16: Path, stored: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,17 +197,18 @@ def test_names_of_stored_weights(bf16: Path, stored: Path) -> None:
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([64, 128]), st.booleans())
 def test_ternary_is_told_exactly(seed: int, group: int, empty: bool) -> None:
+    """By the sampling here and by what the worker stores alike."""
     rng = np.random.default_rng(seed)
     scales = rng.integers(1, 100, [3, 2]).astype(np.float32) / 64
     levels = rng.integers(-1, 2, [3, 2, group]).astype(np.float32)
     levels[:, :, 0] = 1.0
     if empty:
         levels[1, 1] = 0.0
-        scales[1, 1] = 0.0
     weight = (levels * scales[:, :, None]).reshape([3, 2 * group])
-    found = ternary_scales(weight, group)
-    assert found is not None and np.array_equal(found, scales)
     spoilt = weight.copy()
     spoilt[0, 1] = scales[0, 0] / 2
-    assert ternary_scales(spoilt, group) is None
-    assert ternary_scales(weight, 96) is None
+    for rows, wanted in ((weight, True), (spoilt, False)):
+        found = [is_ternary(rows, g) for g in STORED_GROUPS]
+        assert found[STORED_GROUPS.index(group)] is wanted
+        assert any(found) is (quantise_ternary(paddle.to_tensor(rows.T.copy())) is not None)
+    assert not is_ternary(weight, 96)

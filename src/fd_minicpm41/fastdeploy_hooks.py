@@ -351,13 +351,14 @@ def _choose_quantization(fd_config: Any, config: MiniCPMConfig) -> None:
     """Notes the weights' format where FastDeploy's engine takes its worker's ``--quantization``."""
     import paddle
 
-    model_config = fd_config.model_config
+    model_config, has_cuda = fd_config.model_config, paddle.is_compiled_with_cuda()
     chosen = choose_quantization(
         model_config.model,
         config,
         model_config.quantization,
         tensor_parallel_size=fd_config.parallel_config.tensor_parallel_size,
-        tile=128 if paddle.is_compiled_with_cuda() else 64,
+        tile=128 if has_cuda else 64,
+        sm_version=_sm_version() if has_cuda else None,
     )
     if fd_config.quant_config is not None and chosen != model_config.quantization:
         raise UsageError(
@@ -365,6 +366,24 @@ def _choose_quantization(fd_config: Any, config: MiniCPMConfig) -> None:
             "start it with `fastdeploy serve` or fastdeploy.LLM"
         )
     model_config.quantization = chosen
+
+
+def _sm_version() -> int | None:
+    """Compute capability, times ten, of the first GPU that a worker would use; None if the driver
+    cannot be asked. Asking the driver makes no CUDA context here.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    try:
+        pynvml = import_module("pynvml")
+        pynvml.nvmlInit()
+        by = "Index" if visible.isdigit() else "UUID"
+        find = getattr(pynvml, f"nvmlDeviceGetHandleBy{by}")
+        handle = find(int(visible) if visible.isdigit() else visible)
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    except Exception as error:  # no driver, no such device: the worker looks again
+        logger.debug("fd_minicpm41: the GPU's compute capability is not known: %s", error)
+        return None
+    return int(major) * 10 + int(minor)
 
 
 def _print_one_line(

@@ -57,10 +57,13 @@ def check_checkpoint(folder: str | Path, tokenizer: str | Path | None = None) ->
     quantization: Any = read_json(Path(folder), "config.json").get("quantization_config")
     if quantization is not None:
         tool = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UsageError(
-            f"quantization_config in config.json is of {tool!r}, wanted none: serve the bf16 "
-            "checkpoint, and choose --quantization for low-bit weights"
-        )
+        mend = "serve the bf16 checkpoint, and choose --quantization for low-bit weights"
+        if tool == "gptq":
+            mend = (
+                f"rewrite it once, `fd-minicpm41 quantize --model {folder} --out {folder}-wint4 "
+                f"--method wint4 --algo import`, and serve {folder}-wint4"
+            )
+        raise UsageError(f"quantization_config in config.json is of {tool!r}, wanted none: {mend}")
     tokenizer_folder = Path(tokenizer or folder)
     if not any((tokenizer_folder / name).is_file() for name in TOKENIZER_FILES):
         raise UsageError(

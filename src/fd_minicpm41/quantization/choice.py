@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import safe_open
 
 from fd_minicpm41.config import MiniCPMConfig
@@ -27,6 +29,9 @@ METHODS = ("wint8", "wint4", "wint2", "w4a8", "w4afp8", "fp8")
 PREFIX = "fdm_"
 # Names of FastDeploy's own that mean the same on a dense model: they are passed on.
 HOST_METHODS = ("block_wise_fp8", "wfp8afp8")
+# What multiplies fp8, and what a GPU without it can be given instead.
+FP8_INSTEAD = {"fp8": "wint8", "w4afp8": "w4a8"}
+FIRST_FP8_SM = 89
 # FastDeploy's own linear methods serve these on a GPU, so that its cache of loaded weights may.
 HOST_CACHED = ("wint8", "fp8")
 CACHE_VARIABLE = "FD_ENABLE_MODEL_LOAD_CACHE"
@@ -51,6 +56,7 @@ def choose_quantization(
     *,
     tensor_parallel_size: int = 1,
     tile: int = 128,
+    sm_version: int | None = None,
 ) -> dict[str, Any] | None:
     """What FastDeploy's worker is to be told; ``None`` for 16-bit weights.
 
@@ -60,6 +66,7 @@ def choose_quantization(
         asked: ``--quantization``: a name, FastDeploy's dictionary of it, or None; then
             ``FD_QUANT_TYPE`` counts.
         tile: in features that a kernel takes at once: 128 on a GPU, 64 on a CPU.
+        sm_version: the GPU's compute capability times ten, if it is known.
 
     Raises:
         UsageError: what was asked for cannot be done with this checkpoint, and what can.
@@ -85,11 +92,15 @@ def choose_quantization(
                 f"{sidecar.method}: leave {named} out"
             )
         _check_shards(config, sidecar.modules, tensor_parallel_size, tile)
+        if sm_version is not None and sidecar.method in FP8_INSTEAD:
+            check_fp8(sidecar.method, sm_version)
         # FastDeploy's own word for weights that need no quantising after they are loaded.
         chosen: dict[str, Any] = {"quantization": PREFIX + sidecar.method, "is_quantized": True}
     elif name is None:
         return None
     else:
+        if sm_version is not None and name in FP8_INSTEAD:
+            check_fp8(name, sm_version)
         if name in ("wint2", "w4a8", "w4afp8"):
             _check_shards(config, {}, tensor_parallel_size, tile)
         if name == "wint2" and os.environ.get(DATA_FREE_VARIABLE) != "1":
@@ -190,36 +201,40 @@ def _check_shards(
                 )
 
 
-def ternary_scales(weight: Any, group: int) -> Any | None:
-    """The scales of a weight whose groups hold only -s, 0 and s; None if one holds more.
+def check_fp8(method: str, sm_version: int) -> None:
+    """Refuses a method that multiplies fp8 on a GPU that cannot.
 
-    Args:
-        weight: ``[rows, columns]``, a NumPy array or a Paddle tensor.
-
-    Returns:
-        ``[rows, columns / group]`` of the same kind and dtype.
+    Raises:
+        UsageError: a compute capability below 8.9, and what to choose instead.
     """
-    rows, columns = weight.shape
+    if sm_version < FIRST_FP8_SM:
+        raise UsageError(
+            f"{method} needs a GPU that multiplies fp8, of compute capability 8.9 or later; this "
+            f"one has {sm_version // 10}.{sm_version % 10}: choose {FP8_INSTEAD[method]}"
+        )
+
+
+def is_ternary(rows: NDArray[Any], group: int) -> bool:
+    """Whether each group of ``rows [N, K]`` holds only -s, 0 and s, as ``ternary.py`` tells it."""
+    count, columns = rows.shape
     if columns % group:
-        return None
-    magnitudes = abs(weight).reshape([rows, columns // group, group])
-    scales = magnitudes.max(-1)
-    is_ternary = ((magnitudes == scales[..., None]) | (magnitudes == 0)).all()
-    return scales if bool(is_ternary) else None
+        return False
+    sizes = np.abs(rows.astype(np.float32)).reshape(count, columns // group, group)
+    return bool(((sizes == sizes.max(-1, keepdims=True)) | (sizes == 0)).all())
 
 
 def _check_ternary(folder: Path, named: str) -> None:
     for name, rows in _sampled_weights(folder):
-        if all(ternary_scales(rows, group) is None for group in GROUPS):
+        if not any(is_ternary(rows, group) for group in GROUPS):
             raise UsageError(
                 f"{named} is wint2, but {name} is not ternary, and 2 bits without calibration "
                 f"destroy a model: quantise it first, `fd-minicpm41 quantize --model {folder} "
-                f"--out {folder}-wint2 --method wint2`, and serve {folder}-wint2 (or set "
-                f"{DATA_FREE_VARIABLE}=1 to round it all the same)"
+                f"--out {folder}-wint2 --method wint2 --calib TEXT.txt`, and serve {folder}-wint2 "
+                f"(or set {DATA_FREE_VARIABLE}=1 to round it all the same)"
             )
 
 
-def _sampled_weights(folder: Path) -> Iterator[tuple[str, Any]]:
+def _sampled_weights(folder: Path) -> Iterator[tuple[str, NDArray[Any]]]:
     """A few rows of every linear layer's weight, by name."""
     suffixes = tuple(f"{name}.weight" for name in LINEAR_NAMES)
     for path in sorted(folder.glob("*.safetensors")):

@@ -24,7 +24,7 @@ from fastdeploy.model_executor.layers.quantization.wfp8afp8 import WFP8AFP8Confi
 from fastdeploy.model_executor.layers.utils import get_sm_version
 
 from fd_minicpm41.errors import UsageError
-from fd_minicpm41.quantization.choice import PREFIX, stored_formats
+from fd_minicpm41.quantization.choice import FIRST_FP8_SM, PREFIX, check_fp8, stored_formats
 from fd_minicpm41.quantization.linear import (
     BITS,
     GroupwiseLinearMethod,
@@ -68,14 +68,14 @@ class LowBitConfig(QuantConfigBase):
         """The configuration that serves what was chosen: this class's, or one of FastDeploy's.
 
         Raises:
-            UsageError: fp8 on a GPU without it.
+            UsageError: fp8 or w4afp8 on a GPU that does not multiply fp8.
         """
         method = str(config["quantization"]).removeprefix(PREFIX)
         is_stored = bool(config.get("is_quantized"))
+        if method == "fp8" or (method == "w4afp8" and has_cuda()):
+            check_fp8(method, get_sm_version())
         if method == "fp8":
             return fp8_config()
-        if method == "w4afp8" and has_cuda():
-            check_fp8(method, "w4a8")
         if has_cuda() and not is_stored and method in HOST_CONFIGS:
             return HOST_CONFIGS[method].from_config({})
         return cls(method, is_stored)
@@ -117,28 +117,9 @@ HOST_CONFIGS = {"wint8": WINT8Config, "wint4": GroupwiseWint4Config}
 
 
 def fp8_config() -> QuantConfigBase:
-    """FastDeploy's fp8 for this GPU: blocks of 128x128 from Hopper on, a scale a row on Ada.
-
-    Raises:
-        UsageError: a GPU before Ada, which has no fp8.
-    """
-    config = WFP8AFP8Config if check_fp8("fp8", "wint8") == 89 else BlockWiseFP8Config
+    """FastDeploy's fp8 for this GPU: blocks of 128x128 from Hopper on, a scale a row on Ada."""
+    config = WFP8AFP8Config if get_sm_version() == FIRST_FP8_SM else BlockWiseFP8Config
     return config.from_config({})
-
-
-def check_fp8(method: str, instead: str) -> int:
-    """Compute capability, times ten, of a GPU that multiplies fp8.
-
-    Raises:
-        UsageError: this GPU does not; ``instead`` is what to choose.
-    """
-    sm_version: int = get_sm_version()
-    if sm_version < 89:
-        raise UsageError(
-            f"--quantization {method} needs a GPU of compute capability 8.9 or later, this one has "
-            f"{sm_version // 10}.{sm_version % 10}: choose --quantization {instead}"
-        )
-    return sm_version
 
 
 def describe_weights(model: paddle.nn.Layer) -> str:

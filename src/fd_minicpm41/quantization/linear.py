@@ -28,9 +28,10 @@ from paddle.nn.quant import weight_only_linear, weight_quantize
 
 from fd_minicpm41.errors import UsageError
 from fd_minicpm41.ops import MAX_DECODE_TOKENS, expand_low_bit_weight, low_bit_linear
-from fd_minicpm41.quantization.choice import DATA_FREE_VARIABLE, ternary_scales
+from fd_minicpm41.quantization.choice import DATA_FREE_VARIABLE
 from fd_minicpm41.quantization.formats import FP8_MAX, GROUPS, TERNARY_ZERO, LowBitFormat
-from fd_minicpm41.quantization.rtn import quantise_rtn, to_bf16
+from fd_minicpm41.quantization.rtn import quantise_rtn
+from fd_minicpm41.quantization.ternary import STORED_GROUPS, quantise_ternary
 from fd_minicpm41.quantization.tiles import tile_scales, tile_weight
 
 # Rows that are rounded at once, which bounds the memory of a start.
@@ -193,20 +194,17 @@ def round_weight(
     """
     rows, columns = weight.shape
     bits = BITS[method]
-    groups = [g for g in sorted(GROUPS, reverse=True) if columns % g == 0]
+    groups = [g for g in STORED_GROUPS if columns % g == 0]
     if not groups:
         raise UsageError(
             f"{name} has {columns} in features, wanted a multiple of {min(GROUPS)} for "
             f"{method}: serve this model in bf16"
         )
     if method == "wint2":
-        weight32 = weight.astype("float32")
-        for group in groups:
-            exact = ternary_scales(weight32, group)
-            if exact is not None and bool((to_bf16(exact) == exact).all()):
-                fmt = LowBitFormat(bits, group, TERNARY_ZERO)
-                codes = pack_rows(paddle.sign(weight32) + 1, bits)
-                return fmt, codes, exact.astype("bfloat16"), None
+        exact = quantise_ternary(weight.astype("float32").t())
+        if exact is not None:
+            codes, scales, fmt = exact
+            return fmt, pack_rows(codes.t(), bits), scales.t().astype("bfloat16"), None
         if os.environ.get(DATA_FREE_VARIABLE) != "1":
             raise UsageError(
                 f"{name} is not ternary, which --quantization wint2 needs of a bf16 checkpoint: "
@@ -214,16 +212,16 @@ def round_weight(
             )
         groups = [min(GROUPS)]
     fmt = LowBitFormat(bits, groups[0], ZERO[bits])
-    packed, scales, channels = [], [], []
+    packed, all_scales, channels = [], [], []
     for start in range(0, rows, ROWS_AT_ONCE):
         part = weight[start : start + ROWS_AT_ONCE].astype("float32").t()
-        codes, part_scales, ladder = quantise_rtn(part, fmt, method)
+        codes, scales, ladder = quantise_rtn(part, fmt, method)
         packed.append(pack_rows(codes.t(), bits))
-        scales.append(part_scales.t().astype("bfloat16"))
+        all_scales.append(scales.t().astype("bfloat16"))
         if ladder is not None:
             channels.append(ladder.channel)
     channel_scales = paddle.concat(channels) if channels else None
-    return fmt, paddle.concat(packed), paddle.concat(scales), channel_scales
+    return fmt, paddle.concat(packed), paddle.concat(all_scales), channel_scales
 
 
 def pack_rows(codes: paddle.Tensor, bits: int) -> paddle.Tensor:
@@ -284,7 +282,7 @@ class GroupwiseLinearMethod(GPUWeightOnlyLinearMethod):
         if self.model_format == "torch":
             process_weight_transpose(layer, "weight")
         columns, _ = layer.weight_shape
-        groups = [g for g in sorted(GROUPS, reverse=True) if columns % g == 0]
+        groups = [g for g in STORED_GROUPS if columns % g == 0]
         if not groups:
             raise UsageError(
                 f"{layer.prefix} has {columns} in features, wanted a multiple of {min(GROUPS)} for "

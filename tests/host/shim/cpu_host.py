@@ -2,7 +2,8 @@
 
 ``install()`` runs before FastDeploy is imported and edits nothing of it on disk:
 
-1. ``fastdeploy.model_executor.ops.gpu`` becomes a module of reference ops (:mod:`host_ops`);
+1. ``fastdeploy.model_executor.ops.gpu`` becomes a module of reference ops (:mod:`host_ops`,
+   :mod:`low_precision_ops`);
 2. the platform answers "CUDA", because every dense layer refuses anything else;
 3. a few gaps of CPU Paddle are filled (pinned memory, CUDA events, fused activation, top-p);
 4. the worker's device set-up, its dtype and its Triton samplers are replaced;
@@ -23,11 +24,14 @@ from collections.abc import Callable
 from typing import Any
 
 import host_ops
+import low_precision_ops
 import record_ops
 
 OPS_MODULE = "fastdeploy.model_executor.ops.gpu"
-# The shim's GPU: an Ampere of 16 GiB, old enough that no Hopper-only path is taken.
-COMPUTE_CAPABILITY = (8, 0)
+# The shim's GPU: an Ampere of 16 GiB, old enough that no Hopper-only path is taken. A test that
+# asks for another also gets a Paddle that seems to have CUDA, where low-bit formats ask for it.
+SM_VARIABLE = "FD_MINICPM41_TEST_SM"
+COMPUTE_CAPABILITY = divmod(int(os.environ.get(SM_VARIABLE, "80")), 10)
 TOTAL_MEMORY = 16 << 30
 WORKER_PROGRAM = "FastDeploy LLM Inference"
 
@@ -105,6 +109,12 @@ def _cut_steps_into_short_windows(metadata: Any) -> None:
     rows = os.environ.get("FD_MINICPM41_TEST_WINDOW_ROWS")
     if rows:
         metadata.WINDOW_ROWS = int(rows)
+
+
+@_after_import("fd_minicpm41.quantization.config")
+def _claim_cuda(config: Any) -> None:
+    if SM_VARIABLE in os.environ:
+        config.has_cuda = lambda: True
 
 
 class _Event:
@@ -249,6 +259,8 @@ def install() -> None:
     _compute_in_float32()
     module = _ops_module(OPS_MODULE)
     module.tolerant_import_error = lambda: None  # type: ignore[attr-defined]
-    for name, function in host_ops.OPS.items():
+    for name, function in (host_ops.OPS | low_precision_ops.OPS).items():
         setattr(module, name, function)
     module.deep_gemm = _ops_module(OPS_MODULE + ".deep_gemm")  # type: ignore[attr-defined]
+    for name, function in low_precision_ops.DEEP_GEMM.items():
+        setattr(module.deep_gemm, name, function)
