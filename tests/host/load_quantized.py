@@ -43,7 +43,7 @@ def main() -> None:
     from fastdeploy.worker import worker_process
 
     args = worker_process.parse_args()
-    if 0 < sm_version < 90 and "fp8" not in quantization:
+    if 0 < sm_version < 90 and "fp8" not in chosen:
         # Paddle's own quantiser takes 16-bit weights only, and has no product on a CPU.
         args.dtype = "bfloat16"
     ranks, local_rank = worker_process.init_distributed_environment()
