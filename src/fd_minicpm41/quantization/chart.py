@@ -22,6 +22,7 @@ def plot_errors(
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise UsageError(
             "a chart needs the package matplotlib: pip install 'fd-minicpm41[plot]'"
@@ -32,6 +33,7 @@ def plot_errors(
         points = [(i, value) for i, value in enumerate(values) if value is not None]
         axes.plot(*zip(*points, strict=True), label=name, marker=".", linewidth=1)
     axes.set(title=title, xlabel="layer", ylabel=what, ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
     path = Path(path)
