@@ -216,13 +216,25 @@ def low_bit_linear(
     Returns:
         ``[num_tokens, out_features]`` in the dtype of ``x``.
     """
-    import paddle
-
     if x.place.is_cpu_place() or x.shape[0] <= MAX_DECODE_TOKENS:
         (out,) = _run(
             "low_bit_linear", {}, [x, qweight, scales], [out_features, *_format_attributes(fmt)]
         )
         return out
+    return multiply_by_panels(x, qweight, scales, fmt, out_features)
+
+
+def multiply_by_panels(
+    x: paddle.Tensor,
+    qweight: paddle.Tensor,
+    scales: paddle.Tensor,
+    fmt: LowBitFormat,
+    out_features: int,
+) -> paddle.Tensor:
+    """:func:`low_bit_linear` for many tokens: the weight is expanded, then multiplied by the
+    framework."""
+    import paddle
+
     in_features = int(x.shape[1])
     panel = max(16, PANEL_BYTES // (in_features * x.element_size()) // 16 * 16)
     parts = []
