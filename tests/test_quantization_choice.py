@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints import write_tiny_checkpoint
+from fd_minicpm41 import fastdeploy_hooks
 from fd_minicpm41.config import MiniCPMConfig
 from fd_minicpm41.errors import UsageError
 from fd_minicpm41.quantization.choice import (
@@ -171,6 +174,27 @@ def test_fp8_needs_a_gpu_that_has_it(bf16: Path, tmp_path: Path) -> None:
                 choose(folder, asked, sm_version=sm_version)
         assert choose(bf16, "w4a8", sm_version=sm_version)
     assert choose(bf16, "fp8", sm_version=89) and choose(stored, sm_version=90)
+
+
+@pytest.mark.parametrize(
+    "visible, wanted", [(None, 89), ("1,0", 86), ("GPU-c0ffee", 90), ("7", None), ("", None)]
+)
+def test_the_driver_is_asked_for_the_first_visible_gpu(
+    visible: str | None, wanted: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = {0: (8, 9), 1: (8, 6), "GPU-c0ffee": (9, 0)}
+    driver = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=gpus.__getitem__,
+        nvmlDeviceGetHandleByUUID=gpus.__getitem__,
+        nvmlDeviceGetCudaComputeCapability=lambda handle: handle,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert fastdeploy_hooks._sm_version() == wanted
 
 
 def test_fastdeploys_cache_of_loaded_weights(

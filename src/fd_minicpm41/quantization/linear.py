@@ -151,7 +151,6 @@ class RoundingLinearMethod(LowBitLinearMethod):
 
     def create_weights(self, layer: Any, **attrs: Any) -> None:
         """A 16-bit parameter ``weight [N, K]``, as FastDeploy's own online methods have it."""
-        self.model_format = attrs.get("model_format")
         shape = layer.weight_shape[::-1]
         layer.weight = layer.create_parameter(
             shape=shape,
