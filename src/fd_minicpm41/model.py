@@ -36,12 +36,8 @@ from fd_minicpm41.errors import UsageError
 from fd_minicpm41.fastdeploy_hooks import install_worker_hooks
 from fd_minicpm41.preflight import check_context, served_config
 from fd_minicpm41.quantization.choice import stored_formats, stored_names
-from fd_minicpm41.quantization.vocabulary import (
-    EMBEDDING_MODULE,
-    HEAD_MODULE,
-    LowBitEmbedding,
-    LowBitHead,
-)
+from fd_minicpm41.quantization.plan import EMBEDDING, HEAD
+from fd_minicpm41.quantization.vocabulary import LowBitEmbedding, LowBitHead
 from fd_minicpm41.reference.model import weight_shapes
 from fd_minicpm41.rope import rope_table
 
@@ -168,15 +164,15 @@ class MiniCPM41Model(nn.Layer):
         fd_config.model_config.pretrained_config.prefix_name = "model"
         self.scale_emb = config.scale_emb
         formats = stored_formats(fd_config.model_config.model)
-        if EMBEDDING_MODULE in formats:
-            self.embed_tokens = LowBitEmbedding(config, formats[EMBEDDING_MODULE])
+        if EMBEDDING in formats:
+            self.embed_tokens = LowBitEmbedding(config, formats[EMBEDDING])
         else:
             self.embed_tokens = VocabParallelEmbedding(
                 fd_config=fd_config,
                 num_embeddings=config.vocab_size,
                 embedding_dim=config.hidden_size,
                 params_dtype=paddle.get_default_dtype(),
-                prefix=EMBEDDING_MODULE,
+                prefix=EMBEDDING,
             )
         self.layers = nn.LayerList(
             [
@@ -223,14 +219,14 @@ class MiniCPM41ForCausalLM(ModelForCasualLM):
             )
         self.logits_scale = self.config.logits_scale
         self.model = MiniCPM41Model(fd_config=fd_config, config=self.config)
-        if HEAD_MODULE in stored_formats(fd_config.model_config.model):
+        if HEAD in stored_formats(fd_config.model_config.model):
             self.lm_head = LowBitHead(fd_config, self.config)
         else:
             self.lm_head = ParallelLMHead(
                 fd_config=fd_config,
                 num_embeddings=self.config.vocab_size,
                 embedding_dim=self.config.hidden_size,
-                prefix=HEAD_MODULE,
+                prefix=HEAD,
             )
         self.rotary_embs: paddle.Tensor | None = None
 
@@ -272,7 +268,7 @@ class MiniCPM41ForCausalLM(ModelForCasualLM):
                 )
             load(name, weight)
             missing.remove(name)
-            head_name = name.replace(f"{EMBEDDING_MODULE}.", f"{HEAD_MODULE}.")
+            head_name = name.replace(f"{EMBEDDING}.", f"{HEAD}.")
             if head_name != name and head_name in missing:
                 # Loaded as the head too, each with its own split over ranks; the head's own weight
                 # replaces it if the checkpoint has one.

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from fd_minicpm41.config import MiniCPMConfig
 from fd_minicpm41.errors import UsageError
 from fd_minicpm41.quantization.formats import GROUPS, LowBitFormat
+from fd_minicpm41.quantization.plan import EMBEDDING, HEAD
 from fd_minicpm41.quantization.sidecar import CHANNEL_METHODS, read_sidecar
 
 QUANT_VARIABLE = "FD_QUANT_TYPE"
@@ -116,9 +117,25 @@ def choose_quantization(
 
 @cache
 def stored_formats(folder: str) -> Mapping[str, LowBitFormat]:
-    """Format by module name of a checkpoint that holds low-bit weights; empty if it has none."""
+    """Format by module name of a checkpoint that holds low-bit weights; empty if it has none.
+
+    A head that is the embedding has the embedding's.
+    """
     sidecar = read_sidecar(folder)
-    return {} if sidecar is None else sidecar.modules
+    if sidecar is None:
+        return {}
+    formats = dict(sidecar.modules)
+    if EMBEDDING in formats and HEAD not in formats and not _holds(folder, f"{HEAD}.weight"):
+        formats[HEAD] = formats[EMBEDDING]
+    return formats
+
+
+def _holds(folder: str, tensor: str) -> bool:
+    for path in Path(folder).glob("*.safetensors"):
+        with safe_open(str(path), framework="np") as file:
+            if tensor in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                return True
+    return False
 
 
 def stored_names(names: Iterable[str], folder: str) -> set[str]:
@@ -126,10 +143,10 @@ def stored_names(names: Iterable[str], folder: str) -> set[str]:
     sidecar = read_sidecar(folder)
     if sidecar is None:
         return set(names)
-    found = set()
+    found, formats = set(), stored_formats(folder)
     for name in names:
         module = name.removesuffix(".weight")
-        fmt = sidecar.modules.get(module)
+        fmt = formats.get(module)
         if fmt is None:
             found.add(name)
             continue

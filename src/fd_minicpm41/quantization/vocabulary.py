@@ -14,8 +14,7 @@ from paddle.distributed.fleet.layers.mpu import mp_ops
 from fd_minicpm41.config import MiniCPMConfig
 from fd_minicpm41.errors import UsageError
 from fd_minicpm41.quantization.formats import LowBitFormat
-
-EMBEDDING_MODULE, HEAD_MODULE = "model.embed_tokens", "lm_head"
+from fd_minicpm41.quantization.plan import EMBEDDING, HEAD
 
 
 class LowBitRows(nn.Layer):
@@ -29,10 +28,10 @@ class LowBitRows(nn.Layer):
         super().__init__()
         if fmt.bits != 8 or fmt.hadamard:
             raise UsageError(
-                f"{EMBEDDING_MODULE} has {fmt.bits} bits and Hadamard blocks of {fmt.hadamard}, "
+                f"{EMBEDDING} has {fmt.bits} bits and Hadamard blocks of {fmt.hadamard}, "
                 "wanted 8 bits without a transform: quantise the checkpoint again"
             )
-        fmt.check_columns(config.hidden_size, EMBEDDING_MODULE)
+        fmt.check_columns(config.hidden_size, EMBEDDING)
         self.fmt = fmt
         rows, columns = config.vocab_size, config.hidden_size
         for name, shape, dtype in (
@@ -81,12 +80,12 @@ class LowBitHead(nn.Layer):
         if config.vocab_size % self.num_ranks:
             raise UsageError(
                 f"--tensor-parallel-size is {self.num_ranks}, wanted a divisor of the "
-                f"{config.vocab_size} rows of the 8-bit {HEAD_MODULE}: choose another, or store "
-                f"{HEAD_MODULE} in bf16"
+                f"{config.vocab_size} rows of the 8-bit {HEAD}: choose another, or store "
+                f"{HEAD} in bf16"
             )
         self.linear = ColumnParallelLinear(
             fd_config=fd_config,
-            prefix=HEAD_MODULE,
+            prefix=HEAD,
             input_size=config.hidden_size,
             output_size=config.vocab_size,
             with_bias=False,
