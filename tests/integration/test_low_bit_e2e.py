@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from checkpoints import SMALL_SPARSE_CONFIG, write_tiny_checkpoint
-from host.greedy import assert_greedy, random_prompt
+from host.greedy import assert_greedy, expected_tokens, random_prompt
 from host.host import missing_host, offline_engine, run_script, server
 from low_bit_checkpoints import (
     FORMATS,
@@ -31,6 +33,7 @@ pytestmark = [
 # A step of at most 64 tokens takes the decode kernels' side, where activations are not rounded.
 SHORT_STEPS = {"max_num_batched_tokens": 64}
 PROMPT_LENS = (1, 63, 65, 300)
+SMOLLM2 = Path(__file__).parents[2] / ".demo" / "smollm2-135m-instruct"
 VOCABULARY = ("model.embed_tokens", "lm_head")
 
 
@@ -38,6 +41,17 @@ VOCABULARY = ("model.embed_tokens", "lm_head")
 def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bf16") / "checkpoint"
     return write_tiny_checkpoint(folder, hidden_size=1024, intermediate_size=512)
+
+
+def quantise(source: Path, folder: Path, method: str, *options: str) -> None:
+    """``fd-minicpm41 quantize`` by rounding, as a user runs it."""
+    command = shutil.which("fd-minicpm41")
+    assert command is not None
+    arguments = ["--model", str(source), "--out", str(folder), "--method", method, "--algo", "rtn"]
+    done = subprocess.run(
+        [command, "quantize", *arguments, *options], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def assert_serves(
@@ -71,6 +85,31 @@ def test_two_ranks(tmp_path: Path, method: str) -> None:
     assert_serves(folder, reference, tmp_path / "log", "infllmv2", tensor_parallel_size=2)
 
 
+@pytest.mark.parametrize("method", ["wint4", "w4afp8"])
+def test_what_the_command_writes(bf16: Path, tmp_path: Path, method: str) -> None:
+    folder = tmp_path / "checkpoint"
+    quantise(bf16, folder, method, "--lm-head", "int8", "--embedding", "int8")
+    assert_serves(folder, folder, tmp_path / "log")
+
+
+@pytest.mark.skipif(
+    not SMOLLM2.is_dir(), reason="the demo's checkpoint is not here: run make demo first"
+)
+def test_smollm2_in_4_bits(tmp_path: Path) -> None:
+    """A real model, whose head is its embedding, both in 8 bits."""
+    from tokenizers import Tokenizer
+
+    folder = tmp_path / "checkpoint"
+    options = ("--group", "64", "--lm-head", "int8", "--embedding", "int8")
+    quantise(SMOLLM2, folder, "wint4", *options)
+    text = "Once upon a time there was a king who had twelve daughters, each more beautiful. "
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text * 9).ids
+    with offline_engine(folder, tmp_path / "log") as engine:
+        for prompt in (ids[:1], ids[:65], ids[:150]):
+            (reply,) = engine.generate([prompt], max_tokens=16)
+            assert_greedy(reply["token_ids"], folder, prompt, 16)
+
+
 def test_ternary_weights_by_the_variable(bf16: Path, tmp_path: Path) -> None:
     """Nothing is lost: the reference is the bf16 checkpoint itself."""
     folder = make_ternary(bf16, tmp_path / "ternary", group=128)
@@ -99,8 +138,6 @@ def test_long_steps_of_w4a8_round_their_tokens(bf16: Path, tmp_path: Path) -> No
     """A whole prompt at once: 8-bit activations, and so nearly the reference's tokens."""
     folder = write_low_bit(bf16, tmp_path / "checkpoint", "w4a8")
     reference = write_restored(folder, tmp_path / "reference")
-    from host.greedy import expected_tokens
-
     prompts = [random_prompt(200, seed=seed) for seed in range(6)]
     with offline_engine(folder, tmp_path / "log") as engine:
         replies = engine.generate(prompts, max_tokens=2)
