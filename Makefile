@@ -58,6 +58,10 @@ test-sanitize: $(INSTALLED) ## Run the op tests on kernels built with AddressSan
 test-host: $(INSTALLED) ## Test on the real FastDeploy, on this CPU: FASTDEPLOY_SRC=checkout ARGS=...
 	BUILD_PYTHON=$(BIN)/python tests/host/run.sh $(ARGS)
 
+.PHONY: accuracy
+accuracy: demo ## Measure what each weight format costs the demo model (half an hour)
+	$(BIN)/python benchmarks/quantization_smollm2.py
+
 .PHONY: parity-data
 parity-data: demo ## Record anew the greedy tokens of Hugging Face transformers for the demo model
 	$(PYTHON) -m venv .venv-transformers

@@ -98,6 +98,10 @@ def test_what_is_written_is_what_the_reference_reads(
     for name in others:
         assert contents(out)[name] == contents(source)[name]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # A server of another user reads them as it does any file made here.
+    (tmp_path / "probe").touch()
+    modes = {path.stat().st_mode for path in out.iterdir()}
+    assert modes == {(tmp_path / "probe").stat().st_mode}
     errors = verify(out, source)
     most = {"wint8": 0.01, "wint2": 0.6}.get(method, 0.2)
     assert errors.keys() == sidecar.modules.keys() and max(errors.values()) < most
