@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,3 +189,20 @@ def test_a_chart_that_cannot_be_written(
     run("quantize", "--model", source, "--out", out, "--method", "wint4")
     said = refuse("inspect", "--model", out, "--chart", tmp_path / "no" / "chart.png")
     assert "chart.png cannot be written" in said
+
+
+def test_progress_with_time_left_on_a_terminal(tmp_path: Path, source: Path) -> None:
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    command = [sys.executable, "-W", "ignore", "-m", "fd_minicpm41.cli", "quantize"]
+    command += ["--model", str(source), "--out", str(tmp_path / "out"), "--method", "wint2"]
+    child = subprocess.Popen([*command, *CALIB], stderr=slave, stdout=subprocess.DEVNULL)
+    os.close(slave)
+    seen = b""
+    with contextlib.suppress(OSError):  # the terminal is gone when the child is
+        while chunk := os.read(master, 4096):
+            seen += chunk
+    os.close(master)
+    assert child.wait() == 0
+    bars = [bar for bar in re.split(r"[\r\n]", seen.decode()) if bar.startswith("quantising (")]
+    assert any(re.search(r"\| \d+/14 \[\d\d:\d\d<\d\d:\d\d, ", bar) for bar in bars), bars

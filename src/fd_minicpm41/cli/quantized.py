@@ -153,24 +153,26 @@ def run_eval(args: argparse.Namespace) -> int:
 
     if args.chart is not None and args.source is None:
         raise UsageError("--chart shows the error against the source: give --source too")
-    choose_device(args.device)
+    device = choose_device(args.device)
     config = MiniCPMConfig.from_pretrained(args.model)
     checkpoint = Checkpoint(args.model)
     checkpoint.check(config)
-    side, source = Side.of(checkpoint), None
+    side, source = Side.of(checkpoint, device), None
     if args.simulate == "fp8":
         if checkpoint.sidecar is not None:
             raise UsageError("--simulate fp8 rounds unquantised weights: give such a --model")
 
+        load = side.load
+
         def load_fp8(name: str) -> Any:
-            weight = checkpoint.load(name)
+            weight = load(name)
             return round_fp8_blocks(weight) if name.endswith("_proj.weight") else weight
 
         side = Side(load_fp8, checkpoint.is_tied, round_groups)
     if args.source is not None:
         original = Checkpoint(args.source)
         original.check(config)
-        source = Side.of(original)
+        source = Side.of(original, device)
     text = read_windows(Tokenizer(args.model), args.text, args.length, args.windows, "--text")
     with progress(1, "reading", "layer") as bar:
         result = evaluate(config, text.windows, side, source, counted(bar))

@@ -18,7 +18,13 @@ from fd_minicpm41.config import MiniCPMConfig
 from fd_minicpm41.quantization.formats import FP8_BLOCK, FP8_MAX
 from fd_minicpm41.quantization.plan import EMBEDDING
 from fd_minicpm41.quantization.quantise import relative_error
-from fd_minicpm41.quantization.streaming import LayerRunner, Progress, embed, load_layer
+from fd_minicpm41.quantization.streaming import (
+    LayerRunner,
+    Progress,
+    embed,
+    finite_loader,
+    load_layer,
+)
 from fd_minicpm41.reference.checkpoint import HEAD, Checkpoint
 from fd_minicpm41.reference.model import DecoderLayer, RMSNorm, WeightLoader
 
@@ -66,11 +72,14 @@ class Side:
     rounding: Rounding | None = None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Side:
-        """A checkpoint as a server runs prompts: with the rounding of its method's activations."""
+    def of(cls, checkpoint: Checkpoint, device: str = "cpu") -> Side:
+        """A checkpoint as a server runs prompts: with the rounding of its method's activations.
+
+        Loading raises UsageError for weights that are NaN or infinite.
+        """
         method = None if checkpoint.sidecar is None else checkpoint.sidecar.method
         rounding = {"w4a8": round_int8, "w4afp8": round_fp8_rows}.get(method or "")
-        return cls(checkpoint.load, checkpoint.is_tied, rounding)
+        return cls(finite_loader(checkpoint.load, device), checkpoint.is_tied, rounding)
 
 
 def evaluate(
