@@ -22,7 +22,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 import measure
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu"), str(ROOT / "src")]
 from gpu_ops import Sizes  # noqa: E402
 
 import capi  # noqa: E402
@@ -48,6 +48,7 @@ WEIGHTS_LENGTHS = (2048, 32768)
 
 # bits, group, zero; the head of a low-bit model has 8 bits and one scale a row.
 FORMATS = {"wint8": (8, 128, 256), "wint4": (4, 128, 16), "wint2": (2, 64, 3)}
+MOST_DECODE_ROWS = 64
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
@@ -66,71 +67,40 @@ class Linear:
         return torch.nn.functional.linear(x, self.weight)
 
 
-class LowBitLinear:
-    """The same of random codes, in the tiles of ``fd_minicpm41.quantization.tiles``."""
+class LowBitProduct:
+    """The same with random codes: the kernel for few rows, for many a panel in bfloat16."""
 
-    # Shared by all layers, as a server would: the panel that a prompt's products read.
+    # Shared by all layers, as in a server.
     panel: torch.Tensor | None = None
 
     def __init__(self, rows: int, columns: int, bits: int, group: int, zero: int) -> None:
-        tiles = (-(-rows // 16), -(-columns // 128), 256 * bits)
-        self.codes = torch.randint(0, 256, tiles, dtype=torch.uint8, device="cuda")
-        spread = 2**bits / 12**0.5
-        self.scales = torch.full(
-            (tiles[0], columns // group, 16),
-            columns**-0.5 / spread,
-            dtype=torch.bfloat16,
-            device="cuda",
-        )
-        self.weight = capi.LowBitWeight(
-            qweight=self.codes.data_ptr(),
-            scales=self.scales.data_ptr(),
-            out_features=rows,
-            in_features=columns,
-            bits=bits,
-            group=group,
-            zero=zero,
-            hadamard=0,
-        )
-        self.shape = (rows, columns)
-        self.workspaces: dict[int, torch.Tensor] = {}
+        # Here, so that a bfloat16 run needs no installed package.
+        from gpu_low_bit import LowBitLinear
+
+        from fd_minicpm41.quantization.formats import LowBitFormat
+
+        self.linear = LowBitLinear.random(LowBitFormat(bits, group, zero), rows, columns)
+        self.workspace = self.linear.workspace()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) > MOST_DECODE_ROWS:
-            return torch.nn.functional.linear(x, self.expanded())
-        out = torch.empty(len(x), self.shape[0], dtype=x.dtype, device="cuda")
-        params = capi.low_bit_linear_params(x, self.weight, out, "bfloat16")
-        size = capi.workspace_cuda(params)
-        if size:
-            if len(x) not in self.workspaces:
-                self.workspaces[len(x)] = torch.empty(size, dtype=torch.uint8, device="cuda")
-            params.workspace = self.workspaces[len(x)].data_ptr()
-            params.workspace_bytes = size
-        capi.run_cuda(params, stream())
-        return out
-
-    def expanded(self) -> torch.Tensor:
-        """The weight in bfloat16, in the panel."""
-        size = self.shape[0] * self.shape[1]
-        if LowBitLinear.panel is None or LowBitLinear.panel.numel() < size:
-            LowBitLinear.panel = torch.empty(size, dtype=torch.bfloat16, device="cuda")
-        rows = LowBitLinear.panel[:size].view(self.shape)
-        capi.run_cuda(capi.expand_low_bit_weight_params(self.weight, rows, "bfloat16"), stream())
-        return rows
-
-
-MOST_DECODE_ROWS = 64
+        rows, columns = self.linear.shape
+        if len(x) <= MOST_DECODE_ROWS:
+            return self.linear(x, x.new_empty(len(x), rows), self.workspace)
+        if LowBitProduct.panel is None or LowBitProduct.panel.numel() < rows * columns:
+            LowBitProduct.panel = x.new_empty(rows * columns)
+        panel = LowBitProduct.panel[: rows * columns].view(rows, columns)
+        return torch.nn.functional.linear(x, self.linear.rows("bfloat16", out=panel))
 
 
 class Model:
     """The weights, and everything of a step but attention."""
 
     def __init__(self, weights: str) -> None:
-        def linear(rows: int, columns: int, is_head: bool = False) -> Linear | LowBitLinear:
+        def linear(rows: int, columns: int, is_head: bool = False) -> Linear | LowBitProduct:
             if weights == "bf16":
                 return Linear(rows, columns)
             bits, group, zero = (8, columns, 256) if is_head else FORMATS[weights]
-            return LowBitLinear(rows, columns, bits, group, zero)
+            return LowBitProduct(rows, columns, bits, group, zero)
 
         self.embedding = Linear(VOCABULARY, HIDDEN).weight
         self.layers = [
@@ -477,7 +447,7 @@ def weights_rows(models: list[str], made: dict[str, Model]) -> list[dict[str, An
                 flush=True,
             )
         del model
-        LowBitLinear.panel = None
+        LowBitProduct.panel = None
         torch.cuda.empty_cache()
     return rows
 
