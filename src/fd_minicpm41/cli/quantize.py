@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fd_minicpm41.quantization.sidecar import Sidecar
 
 METHODS = ("wint8", "wint4", "wint2", "w4a8", "w4afp8", "fp8")
-DEFAULT_WINDOWS = 32
+DEFAULT_WINDOWS = 16
 DEFAULT_LENGTH = 2048
 
 
