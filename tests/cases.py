@@ -176,10 +176,10 @@ def make_step(
         phase = np.arange(kv_len)[:, None, None] / 50 + rng.uniform(0, 6, shape[1:])
         k = (rng.standard_normal(shape) + 1.5 * np.sin(phase)).astype(dtype)
         v = rng.standard_normal(shape).astype(dtype)
-        for position in range(kv_len):
-            page = block_tables[number, position // BLOCK_SIZE]
-            k_cache[page, :, position % BLOCK_SIZE] = k[position]
-            v_cache[page, :, position % BLOCK_SIZE] = v[position]
+        positions = np.arange(kv_len)
+        pages = block_tables[number, positions // BLOCK_SIZE]
+        k_cache[pages, :, positions % BLOCK_SIZE] = k
+        v_cache[pages, :, positions % BLOCK_SIZE] = v
         keys.append(k)
         values.append(v)
 

@@ -151,6 +151,21 @@ def assert_row(
         sizes.dense_len,
     )
     blocks = np.arange(position // 64 + 1) if position + 1 < sizes.dense_len else listed
+    assert_output(q, keys, values, position, blocks, out, lse, what)
+
+
+def assert_output(
+    q: NDArray,
+    keys: NDArray,
+    values: NDArray,
+    position: int,
+    blocks: NDArray,
+    out: NDArray,
+    lse: NDArray[np.float32] | None = None,
+    what: str = "",
+) -> None:
+    """Holds the output of one row of one kv head to the oracle over the blocks it attends to;
+    arguments as in :func:`assert_row`."""
     tokens = oracle.listed_tokens(blocks, position)
     truth, true_lse = oracle.attention(q, keys[tokens], values[tokens])
     everything = np.ones((1, 1, len(tokens)), bool)

@@ -287,21 +287,27 @@ def test_windows_of_rows_equal_the_step_bitwise(num_rows: int) -> None:
         same_bits(lse, whole[2][rows], f"lse of rows {rows}")
 
 
-def test_decode_equals_prefill_bitwise() -> None:
+def test_a_short_chunk_equals_its_rows_bitwise() -> None:
+    # Up to 15 tokens of a request are decode rows.
     _, gpu = ready([(0, 700)], padding_rows=0)
-    whole = run_step(gpu, SMALL)
-    for token in (0, 63, 127, 383, 384, 400, 511, 640, 699):
-        row = replace(
+
+    def rows(start: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        step = replace(
             alone(gpu, 0),
-            batch_id_per_token=torch.zeros(1, dtype=torch.int32, device="cuda"),
-            cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32, device="cuda"),
-            query_lens=torch.ones(1, dtype=torch.int32, device="cuda"),
-            history_lens=torch.full((1,), token, dtype=torch.int32, device="cuda"),
-            q=gpu.q[token : token + 1].clone(),
+            batch_id_per_token=torch.zeros(count, dtype=torch.int32, device="cuda"),
+            cu_seqlens_q=torch.tensor([0, count], dtype=torch.int32, device="cuda"),
+            query_lens=torch.full((1,), count, dtype=torch.int32, device="cuda"),
+            history_lens=torch.full((1,), start, dtype=torch.int32, device="cuda"),
+            q=gpu.q[start : start + count].clone(),
         )
-        got = run_step(row, SMALL)
-        np.testing.assert_array_equal(got[0][:, 0], whole[0][:, token])
-        same_bits(got[1][0], whole[1][token])
+        return run_step(step, SMALL)
+
+    for start in (0, 55, 120, 376, 390, 500, 685):
+        chunk = rows(start, 15)
+        for token in (0, 7, 8, 14):
+            row = rows(start + token, 1)
+            np.testing.assert_array_equal(row[0][:, 0], chunk[0][:, token])
+            same_bits(row[1][0], chunk[1][token])
 
 
 def test_repeated_and_overlapped_launches_give_the_same_bits() -> None:
