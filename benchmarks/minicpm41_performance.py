@@ -1,5 +1,5 @@
 """Times the kernels beside what they must beat: `minicpm41_performance.py decode`, `prefill`,
-`step`.
+`step`, `linear`.
 
 Every figure is the median of graph replays over inputs larger than L2, and the timed run's own
 output is held to the oracle of tests/gpu.
@@ -35,7 +35,10 @@ def main() -> int:
         default="all",
         help="of the model; all: bf16, and one request's decode step with each of the others",
     )
-    step.add_argument("--only-weights", action="store_true", help="one request's step alone")
+    parts = ["prompts", "decode", "weights"]
+    step.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to time")
+    linear = kinds.add_parser("linear", help="one layer's products with low-bit weights")
+    linear.add_argument("--out", type=Path, help="write the rows here as JSON")
     args = parser.parse_args()
     args.command = shlex.join(["python", *sys.argv])
     return importlib.import_module(args.kind).main(args)

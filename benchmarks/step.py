@@ -381,7 +381,7 @@ def best_backend(caches: Caches, batch: int, length: int) -> str:
 def prompt_rows(model: Model, longest: int) -> list[dict[str, Any]]:
     rows = []
     for length in (n for n in PROMPTS if n <= longest):
-        repeats = 5 if length <= 16384 else 1
+        repeats = 5 if length <= 8192 else 1
         caches = Caches(length)
         row: dict[str, Any] = {"kind": "prompt", "batch": 1, "length": length, "repeats": repeats}
         row["sparse_ms"] = first_token_ms(
@@ -459,9 +459,13 @@ def main(args: argparse.Namespace) -> int:
     model = Model(models[0])
     error = check_prompt(model)
     print(f"{models[0]} weights; logits of a dense 4K prompt within {error:.4f} of PyTorch's")
-    rows = [] if args.only_weights else prompt_rows(model, args.longest)
-    rows += [] if args.only_weights else decode_rows(model, args.longest)
-    rows += weights_rows(models, {models[0]: model})
+    rows = []
+    if "prompts" in args.parts:
+        rows += prompt_rows(model, args.longest)
+    if "decode" in args.parts:
+        rows += decode_rows(model, args.longest)
+    if "weights" in args.parts:
+        rows += weights_rows(models, {models[0]: model})
     if args.out:
         result = {
             "what": "whole model of random weights, 32 layers, hidden 4096, ffn 16384, vocabulary "

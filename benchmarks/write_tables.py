@@ -35,6 +35,12 @@ def yes(held: bool) -> str:
     return "yes" if held else "**no**"
 
 
+def target_of(row: dict[str, Any]) -> tuple[str, str]:
+    if row["target_ms"] is None:
+        return "-", "-"
+    return f"{row['target_ms']:.2f}", yes(row["held"])
+
+
 def made_on(result: dict[str, Any]) -> str:
     e = result["environment"]
     return (
@@ -59,8 +65,7 @@ def prefill() -> str:
                     f"{row['flash_ms']:.2f}",
                     f"{row['cudnn_ms'] / row['ours_ms']:.2f}",
                     f"{row['floor_ms']:.2f}",
-                    f"{row['target_ms']:.2f}",
-                    yes(row["held"]),
+                    *target_of(row),
                 )
                 for row in rows_of(result, "correlated", "independent")
             ),
@@ -84,6 +89,7 @@ def unions() -> str:
                 *(f"{row['unions'][str(n)]:.0f}" for n in MEASURED_UNIONS),
             )
             for row in rows_of(result, "correlated", "independent")
+            if row["unions"]
         ],
     )
 
