@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,22 @@ def test_every_dtype_and_layout_gives_the_stored_values_in_fp32(
     told: list[tuple[int, int]] = []
     load_model(folder, on_progress=lambda *at: told.append(at))
     assert told == [(i + 1, 21) for i in range(21)]
+
+
+def test_a_tensor_may_be_held_twice(folder: Path) -> None:
+    """In a process of its own, which would be aborted."""
+    script = (
+        "import sys; from fd_minicpm41.reference.checkpoint import Checkpoint\n"
+        "checkpoint = Checkpoint(sys.argv[1])\n"
+        "held = [checkpoint.load('model.norm.weight') for _ in range(2)]\n"
+        "held[0][0] = 7.0\n"
+        "print(held[1][0].item() != 7.0)\n"
+        "del held\n"
+        "print('alive')\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.stdout.splitlines() == ["True", "alive"], result.stderr
 
 
 def test_the_presence_of_the_head_decides_on_tying(tmp_path: Path) -> None:

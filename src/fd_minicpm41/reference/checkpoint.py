@@ -79,8 +79,12 @@ class TensorFiles:
             )
 
     def load(self, name: str) -> paddle.Tensor:
-        """The tensor as it lies in the file."""
-        return self._file_of[name].get_tensor(name)
+        """The tensor as it lies in the file, a copy of its own.
+
+        Paddle keeps the owners of foreign memory by address: two tensors on the same bytes of the
+        mapped file would end the process when the second of them goes.
+        """
+        return self._file_of[name].get_tensor(name).clone()
 
 
 class Checkpoint:
