@@ -386,6 +386,7 @@ def main(args: argparse.Namespace) -> int:
             "product_flops_per_second": rate,
             "repeats": args.repeats,
             "window_rows": WINDOW_ROWS,
+            "measured_unions": {str(n): size for n, size in MEASURED_UNIONS.items()},
             "rows": [measure.rounded(row) for row in rows],
         }
         measure.write_json(args.out, result)

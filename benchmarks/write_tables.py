@@ -76,21 +76,17 @@ def prefill() -> str:
 
 
 def unions() -> str:
-    from workload import MEASURED_UNIONS
-
     result = read("prefill")
-    measured = [("a trained model", *map(str, MEASURED_UNIONS.values()))]
+    counts = list(result["measured_unions"])
+    lines = [("a trained model", result["measured_unions"])]
+    lines += [
+        (f"{row['kind']}, {k(row['length'])}", row["unions"])
+        for row in rows_of(result, "correlated", "independent")
+        if row["unions"]
+    ]
     return table(
-        ("neighbouring tokens", *map(str, MEASURED_UNIONS)),
-        measured
-        + [
-            (
-                f"{row['kind']}, {k(row['length'])}",
-                *(f"{row['unions'][str(n)]:.0f}" for n in MEASURED_UNIONS),
-            )
-            for row in rows_of(result, "correlated", "independent")
-            if row["unions"]
-        ],
+        ("neighbouring tokens", *counts),
+        ((name, *(f"{sizes[n]:.0f}" for n in counts)) for name, sizes in lines),
     )
 
 

@@ -1,0 +1,33 @@
+"""The tables of docs/benchmarks.md are what the results say."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tables = load_script("write_tables")
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_each_table_is_made_from_the_committed_results(name: str) -> None:
+    page = tables.PAGE.read_text()
+    found = re.findall(f"<!-- table {name} -->\\n(.*?)\\n<!-- end of table -->", page, re.DOTALL)
+    result = "step" if name in ("first_token", "decode", "weights") else "prefill"
+    if not (tables.RESULTS / f"{result}_h100.json").is_file():
+        pytest.skip(f"benchmarks/results/{result}_h100.json is not there yet")
+    assert found == [tables.TABLES[name]()], "run python benchmarks/write_tables.py"
