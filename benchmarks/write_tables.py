@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -169,7 +170,38 @@ def weights() -> str:
     )
 
 
-TABLES = {one.__name__: one for one in (prefill, unions, chunks, first_token, decode, weights)}
+def level_at(rows: list[dict[str, Any]], dense: str, sparse: str) -> str:
+    """The length from which on sparse is faster, between measured ones by their logarithms."""
+    gains = [(row["length"], math.log(row[dense] / row[sparse])) for row in rows]
+    if gains[-1][1] <= 0:
+        return f"beyond {k(gains[-1][0])}"
+    slower = [number for number, (_, gain) in enumerate(gains) if gain <= 0]
+    if not slower:
+        return f"below {k(gains[0][0])}"
+    (before, loss), (after, gain) = gains[slower[-1]], gains[slower[-1] + 1]
+    share = -loss / (gain - loss)
+    return f"{before * (after / before) ** share / 1024:.0f}K"
+
+
+def crossover() -> str:
+    layer, model = read("prefill"), read("step")
+    lines = [
+        (f"one layer, {kind} queries", rows_of(layer, kind), "dense_ms", "ours_ms")
+        for kind in ("correlated", "independent")
+    ]
+    lines.append(("first token", rows_of(model, "prompt"), "dense_ms", "sparse_ms"))
+    for batch in sorted({row["batch"] for row in rows_of(model, "decode")}):
+        rows = [row for row in rows_of(model, "decode") if row["batch"] == batch]
+        lines.append((f"decode step, batch {batch}", rows, "dense_ms", "sparse_ms"))
+    return table(
+        ("the whole of", "sparse is faster from"),
+        ((name, level_at(rows, dense, sparse)) for name, rows, dense, sparse in lines),
+    )
+
+
+TABLES = {
+    one.__name__: one for one in (prefill, unions, chunks, first_token, decode, crossover, weights)
+}
 
 
 def main() -> None:
