@@ -199,9 +199,8 @@ def crossover() -> str:
     )
 
 
-TABLES = {
-    one.__name__: one for one in (prefill, unions, chunks, first_token, decode, crossover, weights)
-}
+MAKERS = (prefill, unions, chunks, first_token, decode, crossover, weights)
+TABLES = {make.__name__: make for make in MAKERS}
 
 
 def main() -> None:
