@@ -206,3 +206,12 @@ def test_progress_with_time_left_on_a_terminal(tmp_path: Path, source: Path) -> 
     assert child.wait() == 0
     bars = [bar for bar in re.split(r"[\r\n]", seen.decode()) if bar.startswith("quantising (")]
     assert any(re.search(r"\| \d+/14 \[\d\d:\d\d<\d\d:\d\d, ", bar) for bar in bars), bars
+
+
+def test_a_chart_without_matplotlib(
+    tmp_path: Path, source: Path, run: Run, refuse: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("quantize", "--model", source, "--out", tmp_path / "out", "--method", "wint4")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    said = refuse("inspect", "--model", tmp_path / "out", "--chart", tmp_path / "chart.png")
+    assert "pip install 'fd-minicpm41[plot]'" in said

@@ -231,6 +231,18 @@ def test_inputs_that_are_never_used_or_all_alike_can_be_factored() -> None:
         factor(hessian, "x")
 
 
+def test_more_damping_is_tried_before_giving_up() -> None:
+    """Rounding can leave second moments that are not positive definite."""
+    hessian = Hessian(2)
+    hessian.sums[0, 0] = hessian.sums[1, 1] = 1.0
+    hessian.sums[1, 0] = hessian.sums[0, 1] = 1.05
+    lower = factor(hessian, "x").numpy()
+    np.testing.assert_allclose(lower @ lower.T, [[1.1, 1.05], [1.05, 1.1]], rtol=1e-6)
+    hessian.sums[1, 0] = hessian.sums[0, 1] = 3.0
+    with pytest.raises(UsageError, match="the inputs of x cannot be factored"):
+        factor(hessian, "x")
+
+
 def ternary_weight(columns: int, group: int, seed: int = 0) -> np.ndarray:
     """``[K, 12]`` with one bf16 size a group of its columns."""
     rng = np.random.default_rng(seed)
