@@ -59,7 +59,7 @@ def factor(hessian: Hessian, name: str, damp: float = DAMP) -> paddle.Tensor:
             lower = paddle.linalg.cholesky(damped)
             if bool(paddle.isfinite(paddle.diagonal(lower)).all()):
                 return lower
-        except (RuntimeError, OSError):  # how Paddle says "not positive definite" on CPU and GPU
+        except (ValueError, RuntimeError, OSError):  # Paddle: "not positive definite"
             pass
         damp *= 10
     raise UsageError(f"the inputs of {name} cannot be factored: give another calibration text")
