@@ -26,7 +26,16 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu"), str(ROOT / "sr
 from gpu_ops import Sizes  # noqa: E402
 
 import capi  # noqa: E402
-from workload import BLOCK_SIZE, GEOMETRY, HEAD_DIM, KV_HEADS, Q_HEADS, Rows  # noqa: E402
+from workload import (  # noqa: E402
+    BLOCK_SIZE,
+    GEOMETRY,
+    HEAD_DIM,
+    KV_HEADS,
+    Q_HEADS,
+    Rows,
+    correlated_queries,
+    union_sizes,
+)
 
 LAYERS, HIDDEN, FFN, VOCABULARY = 32, 4096, 16384, 73448
 QKV = (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -241,6 +250,12 @@ class SparseAttention:
             for one in params[2:]:
                 one.workspace = self.workspace.data_ptr()
 
+    def unions(self) -> dict[str, float]:
+        """Of the last window of the last layer that ran; see ``workload.union_sizes``."""
+        count = self.launches[-1][-1].batch.num_tokens
+        lists = self.topk_idx[: KV_HEADS * count * SIZES.budget].view(KV_HEADS, count, -1)
+        return {str(n): size for n, size in union_sizes(lists).items()}
+
     def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         rope, compress, *windows = self.launches[layer]
         point_into(rope, qkv)
@@ -378,15 +393,47 @@ def best_backend(caches: Caches, batch: int, length: int) -> str:
     return min(times, key=lambda name: times[name])
 
 
+class WithQueries:
+    """Attention with its queries replaced, at the price of one copy a layer.
+
+    Random weights make queries that have nothing in common with their neighbours'. These are
+    turned back by their positions, so that they are ``queries`` once they have been rotated.
+    """
+
+    def __init__(self, attention: SparseAttention, model: Model, queries: torch.Tensor) -> None:
+        self.attention = attention
+        self.queries = torch.empty_like(queries)
+        half = HEAD_DIM // 2
+        for start in range(0, len(queries), WINDOW_ROWS):
+            rows = slice(start, min(start + WINDOW_ROWS, len(queries)))
+            first, second = queries[rows].float().split(half, dim=-1)
+            cos, sin = (table[rows, None, :half] for table in (model.cos, model.sin))
+            self.queries[rows, :, :half] = first * cos + second * sin
+            self.queries[rows, :, half:] = second * cos - first * sin
+        self.queries = self.queries.view(len(queries), -1)
+
+    def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        qkv[:, : Q_HEADS * HEAD_DIM].copy_(self.queries)
+        return self.attention(layer, qkv)
+
+
 def prompt_rows(model: Model, longest: int) -> list[dict[str, Any]]:
     rows = []
     for length in (n for n in PROMPTS if n <= longest):
         repeats = 5 if length <= 8192 else 1
         caches = Caches(length)
         row: dict[str, Any] = {"kind": "prompt", "batch": 1, "length": length, "repeats": repeats}
-        row["sparse_ms"] = first_token_ms(
-            model, SparseAttention(model, caches, 1, 0, length), length, repeats
-        )
+        attention = SparseAttention(model, caches, 1, 0, length)
+        if length >= 2 * SIZES.dense_len:
+            row["independent_ms"] = first_token_ms(model, attention, length, repeats)
+            row["independent_unions"] = attention.unions()
+            like_a_model = WithQueries(attention, model, correlated_queries(length))
+            row["sparse_ms"] = first_token_ms(model, like_a_model, length, repeats)
+            row["unions"] = attention.unions()
+            del like_a_model
+        else:
+            # Every row, or nearly, is dense: the queries do not matter.
+            row["sparse_ms"] = first_token_ms(model, attention, length, repeats)
         row["dense_ms"] = first_token_ms(
             model, DenseAttention(model, caches, 1, 0, length, "cudnn"), length, repeats
         )
@@ -394,10 +441,15 @@ def prompt_rows(model: Model, longest: int) -> list[dict[str, Any]]:
         rows.append(row)
         print(
             f"prompt {length // 1024:4}K  sparse {row['sparse_ms']:9.1f} ms  dense "
-            f"{row['dense_ms']:9.1f} ms  {row['gain']:5.2f}x",
+            f"{row['dense_ms']:9.1f} ms  {row['gain']:5.2f}x  "
+            + " ".join(
+                f"{name} {measure.rounded(row[name])}"
+                for name in ("independent_ms", "unions", "independent_unions")
+                if name in row
+            ),
             flush=True,
         )
-        del caches
+        del caches, attention
         torch.cuda.empty_cache()
     return rows
 

@@ -137,14 +137,14 @@ def union_sizes(topk_idx: torch.Tensor, samples: int = 128) -> dict[int, float]:
     """Mean number of blocks that T neighbouring rows list together, over rows past the middle.
 
     Args:
-        topk_idx: ``[KV_HEADS, rows of the whole prompt, budget]``.
+        topk_idx: ``[KV_HEADS, rows, budget]``, of a whole prompt or of its last rows.
         samples: runs of 32 rows looked at, evenly spread.
     """
     rows = topk_idx.shape[1]
     run = max(MEASURED_UNIONS)
     starts = torch.linspace(rows // 2, rows - run, samples, device="cuda").long() // run * run
     picked = topk_idx[:, (starts[:, None] + torch.arange(run, device="cuda")).reshape(-1)]
-    num_blocks = -(-rows // BLOCK_SIZE)
+    num_blocks = int(picked.max()) + 1
     listed = torch.zeros(*picked.shape[:2], num_blocks + 1, dtype=torch.bool, device="cuda")
     # -1, no block, goes to the column beyond the last.
     listed.scatter_(2, torch.where(picked < 0, num_blocks, picked).long(), True)

@@ -120,7 +120,8 @@ def first_token() -> str:
     result = read("step")
     return (
         table(
-            ("prompt", "sparse, ms", "dense (cuDNN), ms", "dense / sparse", "runs"),
+            ("prompt", "sparse, ms", "dense (cuDNN), ms", "dense / sparse", "runs")
+            + ("sparse, independent queries",),
             (
                 (
                     k(row["length"]),
@@ -128,6 +129,7 @@ def first_token() -> str:
                     f"{row['dense_ms']:.0f}",
                     f"{row['gain']:.2f}",
                     str(row["repeats"]),
+                    f"{row['independent_ms']:.0f}" if "independent_ms" in row else "the same",
                 )
                 for row in rows_of(result, "prompt")
             ),
