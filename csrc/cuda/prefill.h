@@ -12,7 +12,7 @@ namespace cuda {
 
 constexpr int kPrefillTokens = 16;
 // Off: the decode kernels serve the prefill rows too.
-constexpr bool kSelectHasPrefill = false;
+constexpr bool kSelectHasPrefill = true;
 constexpr bool kAttendHasPrefill = true;
 
 __host__ __device__ inline bool is_prefill(int query_len) { return query_len >= kPrefillTokens; }

@@ -1,0 +1,865 @@
+// Lists the blocks of the rows of prefill requests: log-sum-exp over K2, scores over K1, pooling,
+// top-k.
+//
+// A warp serves one row and one kv head: the 16 query heads are the rows of its products and stay
+// in registers, windows are the columns. So heads are summed, windows pooled and blocks chosen
+// within the warp, and a thread block of neighbouring rows shares nothing but the tiles of windows
+// that its loading warps bring in. Nothing is kept beyond one buffer of scores a warp: when it is
+// full, the best so far are chosen and the rest is dropped. The bits of a row depend on its own
+// windows alone, in the order of their positions.
+//
+// A window is stored in the page of its last key. So flat slot u = 4 * page + slot holds window u -
+// 1, page b holds coarse window b - 1, and the five windows that overlap block b are the four slots
+// of its page and the first slot of the next.
+#include <type_traits>
+
+#include "prefill.h"
+
+namespace minicpm41 {
+namespace cuda {
+namespace {
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool kHasWgmma = true;
+#else
+constexpr bool kHasWgmma = false;
+#endif
+
+constexpr int kTileWindows = 128;
+constexpr int kTileBlocks = kTileWindows / kFineSlots;  // one a lane
+constexpr int kTileBytes = kTileWindows * kRowBytes;
+constexpr int kLineBytes = kRowBytes / 2;  // a tile is two tiles of half the head dimension
+// Half a tile holds two of the four slots of each of its blocks.
+constexpr int kHalfRows = kTileWindows / 2;
+constexpr int kPairs = kHalfRows / 8;  // of neighbouring columns of a thread
+constexpr int kColumns = 2 * kPairs;
+constexpr int kScores = 2 * kColumns;  // of a thread for half a tile: two heads
+constexpr int kSums = 2;               // what a lane keeps of half a tile: two windows of its block
+static_assert(kTileBlocks == kWarpSize && kFineSlots == 4, "a lane pools one block of a tile");
+
+// Scores that a row keeps at a time, and how many before it chooses among them: fewer are quicker
+// to choose from, and the sooner keep others out.
+constexpr int kLaneKeys = 16;
+constexpr int kKeys = kLaneKeys * kWarpSize;
+constexpr int kEnoughKeys = kKeys / 2;
+
+template <bool kWgmma>
+struct Shape {
+  static constexpr int kRows = kWgmma ? 12 : 8;
+  static constexpr int kLoadThreads = kWgmma ? 128 : 64;
+  static constexpr int kThreads = kRows * kWarpSize + kLoadThreads;
+  static constexpr int kStages = kWgmma ? 5 : 2;
+  static constexpr int kSharedBytes =
+      kStages * (kTileBytes + 2 * static_cast<int>(sizeof(uint64_t))) +
+      kRows * kKeys * static_cast<int>(sizeof(uint32_t) + sizeof(int32_t));
+};
+
+// ---- barriers in shared memory ----
+
+__device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+  [[maybe_unused]] uint64_t state;
+  asm volatile("mbarrier.arrive.shared.b64 %0, [%1];" : "=l"(state) : "r"(barrier) : "memory");
+}
+// Counts the thread as arrived once all its copies so far have landed.
+__device__ __forceinline__ void arrive_when_copied(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void wait_for(uint32_t barrier, uint32_t phase) {
+  uint32_t is_done;
+  do {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{ .reg .pred done; mbarrier.try_wait.parity.shared.b64 done, [%1], %2; "
+        "selp.u32 %0, 1, 0, done; }"
+        : "=r"(is_done)
+        : "r"(barrier), "r"(phase)
+        : "memory");
+#else
+    asm volatile(
+        "{ .reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2; "
+        "selp.u32 %0, 1, 0, done; }"
+        : "=r"(is_done)
+        : "r"(barrier), "r"(phase)
+        : "memory");
+#endif
+  } while (!is_done);
+}
+
+// A ring of tiles: `full` when the loading warps' copies have landed, `empty` when every other warp
+// has read it.
+template <bool kWgmma>
+struct Ring {
+  uint32_t tiles;
+  uint32_t barriers;
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ uint32_t tile() const { return tiles + stage * kTileBytes; }
+  __device__ __forceinline__ uint32_t full() const { return barriers + stage * 16; }
+  __device__ __forceinline__ uint32_t empty() const { return barriers + stage * 16 + 8; }
+  __device__ __forceinline__ void advance() {
+    if (++stage == Shape<kWgmma>::kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// ---- which rows, which windows ----
+
+struct RowTile {
+  int request;
+  int first_row;
+  int num_rows;
+  int position;  // of the first row
+  int kv_head;
+};
+
+// Tiles of a request count from its latest rows, so that the longest come first; both kv heads of a
+// tile are neighbours. False beyond the last tile. The whole warp calls it.
+template <int kRows>
+__device__ __forceinline__ bool find_tile(const Batch& batch, int num_kv_heads, int index,
+                                          RowTile* tile) {
+  const int lane = threadIdx.x % kWarpSize;
+  int wanted = index / num_kv_heads;
+  tile->kv_head = index % num_kv_heads;
+#pragma unroll 1
+  for (int base = 0; base < batch.batch_size; base += kWarpSize) {
+    const int request = base + lane;
+    int first_token = 0;
+    int begin = 0;
+    int rows = 0;
+    if (request < batch.batch_size) {
+      const int query_len = __ldg(batch.query_lens + request);
+      first_token = __ldg(batch.cu_seqlens_q + request);
+      begin = max(0, first_token);
+      if (is_prefill(query_len)) {
+        rows = max(0, min(batch.num_tokens, first_token + query_len) - begin);
+      }
+    }
+    const int count = (rows + kRows - 1) / kRows;
+    int through = count;
+#pragma unroll
+    for (int offset = 1; offset < kWarpSize; offset *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, through, offset);
+      if (lane >= offset) through += other;
+    }
+    const unsigned owners = __ballot_sync(kAllLanes, wanted < through);
+    if (owners != 0) {
+      const int owner = __ffs(owners) - 1;
+      const int place = through - 1 - wanted;  // counted from the request's first rows
+      const int skipped = __shfl_sync(kAllLanes, place, owner) * kRows;
+      rows = __shfl_sync(kAllLanes, rows, owner);
+      begin = __shfl_sync(kAllLanes, begin, owner);
+      first_token = __shfl_sync(kAllLanes, first_token, owner);
+      tile->request = base + owner;
+      tile->first_row = begin + skipped;
+      tile->num_rows = min(kRows, rows - skipped);
+      tile->position = __ldg(batch.history_lens + tile->request) + tile->first_row - first_token;
+      return true;
+    }
+    wanted -= __shfl_sync(kAllLanes, through, kWarpSize - 1);
+  }
+  return false;
+}
+
+// The slots a row reads. Tiles of slots begin at multiples of kTileWindows.
+struct Sweep {
+  bool is_sparse;  // whether it chooses at all
+  int first_local;
+  int last_coarse;  // slot; none when 0
+  int last_fine;    // slot, of those that are scored
+  int coarse_tiles;
+  int first_fine_tile;
+  int fine_tiles;
+
+  __device__ __forceinline__ Sweep(const SelectBlocksParams& params, int position) {
+    const int own = position / kBlockSize;
+    is_sparse = own + 1 > params.budget && position + 1 >= params.dense_len;
+    first_local = own - params.local_blocks + 1;
+    last_coarse =
+        min(max(0, (position + 1) / kCoarseKernelStride - 1), params.batch.max_blocks - 1);
+    // The first local block lends its first slot to the candidate before it.
+    last_fine = min(min((position + 1) / kKernelStride - 1, kFineSlots * first_local),
+                    kFineSlots * params.batch.max_blocks - 1);
+    const bool chooses = is_sparse && params.budget > params.init_blocks + params.local_blocks;
+    coarse_tiles = chooses && last_coarse > 0 ? last_coarse / kTileWindows + 1 : 0;
+    first_fine_tile = params.init_blocks / kTileBlocks;
+    fine_tiles = chooses ? first_local / kTileBlocks + 1 - first_fine_tile : 0;
+  }
+};
+
+// The row of a tile that holds a slot: product h takes slots 2 h and 2 h + 1 of every page, and
+// lane l gets those of page l.
+__host__ __device__ constexpr int row_of_slot(int slot) {
+  return slot / 2 % 2 * kHalfRows + slot / 4 * 2 + slot % 2;
+}
+
+// Brings in the tiles of all row tiles of this thread block.
+template <bool kWgmma>
+__device__ __forceinline__ void load_tiles(const SelectBlocksParams& params, Ring<kWgmma> ring) {
+  constexpr int kRows = Shape<kWgmma>::kRows;
+  constexpr int kSlotsAtOnce = Shape<kWgmma>::kLoadThreads / kRowChunks;
+  constexpr int kCopies = 16;  // a lane looks up the page of one of them
+  constexpr int kPart = kCopies * kSlotsAtOnce;
+  constexpr int kParts = kTileWindows / kPart;
+  static_assert(kTileWindows % kPart == 0, "a tile is loaded in equal parts");
+  const int thread = threadIdx.x - kRows * kWarpSize;
+  const int lane = thread % kWarpSize;
+  const int chunk = thread % kRowChunks;
+  const int my_slot = thread / kRowChunks;
+  const int my_row = row_of_slot(my_slot);
+  const uint32_t target = chunk / 8 * (kTileBytes / 2) + my_row * kLineBytes +
+                          ((chunk % 8) ^ (my_row % 8)) * kChunkBytes;
+  const int kv_heads = params.heads.num_kv_heads;
+
+  RowTile rows;
+#pragma unroll 1
+  for (int index = blockIdx.x; find_tile<kRows>(params.batch, kv_heads, index, &rows);
+       index += gridDim.x) {
+    const Sweep sweep(params, rows.position + rows.num_rows - 1);
+    const int32_t* pages =
+        params.batch.block_tables + int64_t{rows.request} * params.batch.max_blocks;
+    const int parts = (sweep.coarse_tiles + sweep.fine_tiles) * kParts;
+    const auto first_slot_of = [&](int part) {
+      const int tile = part / kParts;
+      return part % kParts * kPart +
+             kTileWindows * (tile < sweep.coarse_tiles
+                                 ? tile
+                                 : sweep.first_fine_tile + tile - sweep.coarse_tiles);
+    };
+    // The page of one copy; they are looked up a part ahead of the copies.
+    const auto look_up = [&](int part) {
+      const bool is_coarse = part < sweep.coarse_tiles * kParts;
+      const int slot = first_slot_of(part) + my_slot + lane % kCopies * kSlotsAtOnce;
+      const int block = is_coarse ? slot : slot / kFineSlots;
+      const int last = is_coarse ? sweep.last_coarse : sweep.last_fine / kFineSlots;
+      return part < parts && block <= last ? __ldg(pages + block) : -1;
+    };
+    int next_page = look_up(0);
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part) {
+      const bool is_coarse = part < sweep.coarse_tiles * kParts;
+      const int first_slot = first_slot_of(part) + my_slot;
+      const int last_slot = is_coarse ? sweep.last_coarse : sweep.last_fine;
+      const int page_slots = is_coarse ? kCoarseSlots : kFineSlots;
+      const char* cache = static_cast<const char*>(is_coarse ? params.k2_cache : params.k1_cache) +
+                          (rows.kv_head * page_slots + (my_slot & (page_slots - 1))) * kRowBytes +
+                          chunk * kChunkBytes;
+      const int64_t page_bytes = int64_t{kv_heads} * page_slots * kRowBytes;
+      const bool has_page =
+          static_cast<uint32_t>(next_page) < static_cast<uint32_t>(params.batch.num_pages);
+      const int page = has_page ? next_page : -1;
+      next_page = look_up(part + 1);
+      const bool is_whole = __all_sync(
+          kAllLanes, has_page && first_slot > 0 && first_slot + kPart - kSlotsAtOnce <= last_slot);
+      if (part % kParts == 0) wait_for(ring.empty(), ring.phase ^ 1);
+      const uint32_t part_target = ring.tile() + part % kParts * (kPart / 2 * kLineBytes) + target;
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        const int owner = __shfl_sync(kAllLanes, page, (lane & kCopies) + i);
+        // The bits of a slot's row are those of its two parts.
+        const int row = row_of_slot(i * kSlotsAtOnce);
+        const uint32_t copy_target = (part_target ^ (row % 8 * kChunkBytes)) + row * kLineBytes;
+        if (is_whole) {
+          copy_chunk(copy_target, cache + owner * page_bytes, true);
+        } else {
+          const int slot = first_slot + i * kSlotsAtOnce;
+          copy_chunk(copy_target, cache + max(owner, 0) * page_bytes,
+                     owner >= 0 && slot > 0 && slot <= last_slot);
+        }
+      }
+      if ((part + 1) % kParts == 0) {
+        arrive_when_copied(ring.full());
+        ring.advance();
+      }
+    }
+  }
+}
+
+// ---- products ----
+
+// scores[4 n + 2 r + e] is of head lane / 4 + 8 r and row 8 n + 2 (lane % 4) + e of `rows`.
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define MINICPM41_EIGHT(i)                                                                    \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define MINICPM41_SCORES                                                            \
+  MINICPM41_EIGHT(0), MINICPM41_EIGHT(8), MINICPM41_EIGHT(16), MINICPM41_EIGHT(24), \
+      MINICPM41_EIGHT(32), MINICPM41_EIGHT(40), MINICPM41_EIGHT(48), MINICPM41_EIGHT(56)
+#define MINICPM41_WGMMA(type)                                                                   \
+  asm volatile(                                                                                 \
+      "{ .reg .pred adds; setp.ne.b32 adds, %69, 0;\n"                                          \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                              \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "   \
+      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "   \
+      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, "     \
+      "adds, 1, 1, 0; }"                                                                        \
+      : MINICPM41_SCORES                                                                        \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds)                           \
+      : "memory")
+
+template <typename T>
+__device__ __forceinline__ void wgmma_64x128x16(float (&d)[2 * kScores], const uint32_t (&a)[4],
+                                                uint64_t b, int adds) {
+  if constexpr (std::is_same_v<T, __half>) {
+    MINICPM41_WGMMA("f16");
+  } else {
+    MINICPM41_WGMMA("bf16");
+  }
+}
+#endif
+
+template <typename T>
+__device__ __forceinline__ void multiply_tile(float (&d)[2 * kScores],
+                                              const uint32_t (&q)[kKSteps][4], uint32_t rows) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  // Lines of 128 bytes, swizzled in groups of 8: 1024 bytes from one group to the next.
+  const uint64_t descriptor = uint64_t{(rows & 0x3ffff) >> 4} | uint64_t{1} << 16 |
+                              uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what cp.async wrote
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+  for (int step = 0; step < kKSteps; ++step) {
+    const int offset = step / 4 * (kTileBytes / 2) + step % 4 * 32;
+    wgmma_64x128x16<T>(d, q[step], descriptor + (offset >> 4), step > 0);
+  }
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : MINICPM41_SCORES::"memory");
+#undef MINICPM41_WGMMA
+#undef MINICPM41_SCORES
+#undef MINICPM41_EIGHT
+#endif
+}
+
+// Half a tile, where there is no wgmma.
+template <typename T>
+__device__ __forceinline__ void multiply_half(float (&scores)[kScores],
+                                              const uint32_t (&q)[kKSteps][4], uint32_t rows,
+                                              int lane) {
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) scores[i] = 0.0f;
+#pragma unroll
+  for (int step = 0; step < kKSteps; step += 2) {
+    const int chunk = 2 * step + lane / 8;
+    const uint32_t line = rows + chunk / 8 * (kTileBytes / 2) + lane % 8 * kLineBytes +
+                          ((chunk % 8) ^ (lane % 8)) * kChunkBytes;
+#pragma unroll
+    for (int n = 0; n < kPairs; ++n) {
+      uint32_t windows[4];
+      ldmatrix_x4(windows, line + n * 8 * kLineBytes);
+      float (&part)[4] = *reinterpret_cast<float (*)[4]>(&scores[4 * n]);
+      mma_16x8x16<T>(part, q[step], windows[0], windows[1]);
+      mma_16x8x16<T>(part, q[step + 1], windows[2], windows[3]);
+    }
+  }
+}
+
+// Calls use(tile, half, scores) for both halves of each of the next tiles of the ring.
+template <typename T, bool kWgmma, typename Use>
+__device__ __forceinline__ void for_each_half(Ring<kWgmma>& ring, const uint32_t (&q)[kKSteps][4],
+                                              int tiles, int lane, Use use) {
+  constexpr std::integral_constant<int, 0> kFirst;
+  constexpr std::integral_constant<int, 1> kSecond;
+  const auto release = [&] {
+    __syncwarp();
+    if (lane == 0) arrive(ring.empty());
+    ring.advance();
+  };
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    wait_for(ring.full(), ring.phase);
+    if constexpr (kWgmma) {
+      float scores[2 * kScores];
+      multiply_tile<T>(scores, q, ring.tile());
+      release();
+      use(tile, kFirst, reinterpret_cast<float (&)[kScores]>(scores[0]));
+      use(tile, kSecond, reinterpret_cast<float (&)[kScores]>(scores[kScores]));
+    } else {
+      float scores[kScores];
+      multiply_half<T>(scores, q, ring.tile(), lane);
+      use(tile, kFirst, scores);
+      multiply_half<T>(scores, q, ring.tile() + kHalfRows * kLineBytes, lane);
+      release();
+      use(tile, kSecond, scores);
+    }
+  }
+}
+
+// ---- the normaliser ----
+
+// The sums of two heads, over the columns of one thread.
+struct LogSumExp {
+  float peak[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {};
+
+  __device__ __forceinline__ void add(const float (&scores)[kScores], float scale_log2) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float now = peak[r];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) now = fmaxf(now, scores[c / 2 * 4 + 2 * r + c % 2]);
+      const float base = now == -INFINITY ? 0.0f : now * scale_log2;
+      float odd = 0.0f;
+      float even = sum[r] * exp2_approx(peak[r] * scale_log2 - base);
+#pragma unroll
+      for (int c = 0; c < kColumns; c += 2) {
+        even += exp2_approx(scores[c / 2 * 4 + 2 * r] * scale_log2 - base);
+        odd += exp2_approx(scores[c / 2 * 4 + 2 * r + 1] * scale_log2 - base);
+      }
+      peak[r] = now;
+      sum[r] = even + odd;
+    }
+  }
+  // Over the four threads that hold the same heads; 0 without any window: then there are at most
+  // two blocks, and any constant ranks them alike.
+  __device__ __forceinline__ float log2_of(int r, float scale_log2) {
+    float all = peak[r];
+#pragma unroll
+    for (int offset = 1; offset <= 2; offset *= 2) {
+      all = fmaxf(all, __shfl_xor_sync(kAllLanes, all, offset));
+    }
+    if (all == -INFINITY) return 0.0f;
+    float total = sum[r] * exp2_approx((peak[r] - all) * scale_log2);
+#pragma unroll
+    for (int offset = 1; offset <= 2; offset *= 2) {
+      total += __shfl_xor_sync(kAllLanes, total, offset);
+    }
+    return all * scale_log2 + log2_approx(total);
+  }
+};
+
+// ---- scores of blocks ----
+
+// Combines the columns of the eight threads that hold the other heads; lane l keeps those of block
+// l of the tile.
+template <typename Op>
+__device__ __forceinline__ void reduce_columns(const float (&columns)[kColumns],
+                                               float (&out)[kSums], int lane, Op op) {
+  float half[kColumns / 2];
+  float quarter[kColumns / 4];
+#pragma unroll
+  for (int i = 0; i < kColumns / 2; ++i) {
+    const bool is_upper = lane & 16;
+    const float sent = is_upper ? columns[i] : columns[i + kColumns / 2];
+    const float kept = is_upper ? columns[i + kColumns / 2] : columns[i];
+    half[i] = op(kept, __shfl_xor_sync(kAllLanes, sent, 16));
+  }
+#pragma unroll
+  for (int i = 0; i < kColumns / 4; ++i) {
+    const bool is_upper = lane & 8;
+    const float sent = is_upper ? half[i] : half[i + kColumns / 4];
+    const float kept = is_upper ? half[i + kColumns / 4] : half[i];
+    quarter[i] = op(kept, __shfl_xor_sync(kAllLanes, sent, 8));
+  }
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    const bool is_upper = lane & 4;
+    const float sent = is_upper ? quarter[i] : quarter[i + kSums];
+    const float kept = is_upper ? quarter[i + kSums] : quarter[i];
+    out[i] = op(kept, __shfl_xor_sync(kAllLanes, sent, 4));
+  }
+}
+
+// The way back: every thread gets the value of each of its columns.
+__device__ __forceinline__ void spread_columns(const float (&kept)[kSums],
+                                               float (&columns)[kColumns], int lane) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    const float other = __shfl_xor_sync(kAllLanes, kept[i], 4);
+    columns[i] = lane & 4 ? other : kept[i];
+    columns[i + kSums] = lane & 4 ? kept[i] : other;
+  }
+#pragma unroll
+  for (int i = 0; i < kColumns / 4; ++i) {
+    const float other = __shfl_xor_sync(kAllLanes, columns[i], 8);
+    columns[i + kColumns / 4] = lane & 8 ? columns[i] : other;
+    columns[i] = lane & 8 ? other : columns[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kColumns / 2; ++i) {
+    const float other = __shfl_xor_sync(kAllLanes, columns[i], 16);
+    columns[i + kColumns / 2] = lane & 16 ? columns[i] : other;
+    columns[i] = lane & 16 ? other : columns[i];
+  }
+}
+
+// Windows are ranked by integers that order as the sum over heads of exp2(score - normaliser): its
+// bits where that is a number far from either end of fp32, and beyond by its logarithm. 0 is no
+// window.
+constexpr float kLeastSum = 0x1p-100f;
+constexpr uint32_t kSumKeys = 0x40000000u;
+constexpr uint32_t kLeastSumKey = kSumKeys + (27u << 23);
+constexpr uint32_t kInfinityKey = kSumKeys + (255u << 23);
+constexpr uint32_t kLeastKey = 1;
+
+__device__ __forceinline__ bool is_plain(float sum) { return sum >= kLeastSum && sum < INFINITY; }
+__device__ __forceinline__ uint32_t key_of_sum(float sum) {
+  return __float_as_uint(sum) + kSumKeys;
+}
+__device__ __forceinline__ uint32_t key_of_log2(float log2_sum) {
+  if (!(log2_sum >= -3e38f)) return kLeastKey;
+  return log2_sum > 0.0f ? kInfinityKey + (__float_as_uint(log2_sum) - __float_as_uint(126.0f))
+                         : kLeastSumKey - (__float_as_uint(-log2_sum) - __float_as_uint(100.0f));
+}
+
+// Keys of two windows of the lane's block, 0 for those with a bit in `unused`.
+__device__ __forceinline__ void rank_windows(const float (&scores)[kScores], float scale_log2,
+                                             float lse0, float lse1, unsigned unused, int lane,
+                                             uint32_t (&keys)[kSums]) {
+  float columns[kColumns];
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    const int i = c / 2 * 4 + c % 2;
+    columns[c] =
+        exp2_approx(scores[i] * scale_log2 - lse0) + exp2_approx(scores[i + 2] * scale_log2 - lse1);
+  }
+  float sums[kSums];
+  reduce_columns(columns, sums, lane, [](float x, float y) { return x + y; });
+  bool is_extreme = false;
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+    const bool is_used = !(unused >> s & 1);
+    is_extreme |= is_used && !is_plain(sums[s]);
+    keys[s] = is_used ? key_of_sum(sums[s]) : 0;
+  }
+  if (!__any_sync(kAllLanes, is_extreme)) return;
+
+  // Relative to the largest term of each window.
+  float peaks[kSums];
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    const int i = c / 2 * 4 + c % 2;
+    columns[c] = fmaxf(scores[i] * scale_log2 - lse0, scores[i + 2] * scale_log2 - lse1);
+  }
+  reduce_columns(columns, peaks, lane, [](float x, float y) { return fmaxf(x, y); });
+  spread_columns(peaks, columns, lane);
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    const int i = c / 2 * 4 + c % 2;
+    columns[c] = exp2_approx(scores[i] * scale_log2 - lse0 - columns[c]) +
+                 exp2_approx(scores[i + 2] * scale_log2 - lse1 - columns[c]);
+  }
+  float rest[kSums];
+  reduce_columns(columns, rest, lane, [](float x, float y) { return x + y; });
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+    if (keys[s] != 0 && !is_plain(sums[s])) keys[s] = key_of_log2(peaks[s] + log2_approx(rest[s]));
+  }
+}
+
+// ---- top-k ----
+
+// Of `count` keys, in the order of their blocks, the `wanted` largest, ties to the lower block:
+// writes their blocks, ascending, to `list`, which may be `blocks`, and their keys to the front of
+// `keys`. At least `wanted` keys are there. Later blocks must have larger keys than it returns to
+// be among the chosen.
+__device__ __forceinline__ uint32_t choose(uint32_t* keys, const int32_t* blocks, int count,
+                                           int wanted, int lane, int32_t* list) {
+  // A run of blocks for each lane.
+  constexpr int kStep = 4;
+  const int run = (count + kWarpSize - 1) / kWarpSize;
+  const int begin = lane * run;
+  const int mine_count = min(max(count - begin, 0), run);
+  uint32_t mine[kLaneKeys];
+  uint32_t largest = 0;
+  uint32_t least = 0xffffffffu;
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kLaneKeys; ++i) {
+    mine[i] = 0;
+    if (i < mine_count) {
+      mine[i] = keys[begin + i];
+      least = min(least, mine[i]);
+    }
+    largest = max(largest, mine[i]);
+  }
+  __syncwarp();  // all keys are read before one is overwritten
+  // `reach` keys reach `low`, at least as many as wanted; `above` reach `high`, fewer than wanted.
+  // Half of the steps go by halves, the others by how keys thin out: their number falls about
+  // exponentially.
+  uint32_t low = __reduce_min_sync(kAllLanes, least);
+  uint32_t high = __reduce_max_sync(kAllLanes, largest) + 1;
+  int reach = count;
+  int above = 0;
+  bool goes_by_halves = false;
+  const float log2_wanted = log2_approx(wanted + 0.5f);
+#pragma unroll 1
+  while (high - low > 1 && reach > wanted) {
+    uint32_t ahead = (high - low) / 2;
+    if (!goes_by_halves) {
+      const float log2_reach = log2_approx(static_cast<float>(reach));
+      const float share =
+          __fdividef(log2_reach - log2_wanted, log2_reach - log2_approx(above + 0.5f));
+      ahead = static_cast<uint32_t>((high - low) * share);
+      ahead = min(max(ahead, 1u), high - low - 1);
+    }
+    goes_by_halves = !goes_by_halves;
+    const uint32_t middle = low + ahead;
+    int reached = 0;
+#pragma unroll
+    for (int i = 0; i < kLaneKeys; i += kStep) {
+      if (i < run) {
+#pragma unroll
+        for (int k = 0; k < kStep; ++k) reached += mine[i + k] >= middle;
+      }
+    }
+    reached = __reduce_add_sync(kAllLanes, reached);
+    if (reached >= wanted) {
+      low = middle;
+      reach = reached;
+    } else {
+      high = middle;
+      above = reached;
+    }
+  }
+  // Keys equal to `low` that are taken, if not all that reach it.
+  const int ties = reach > wanted ? wanted - above : wanted;
+
+  // One sum carries the counts above and at the threshold.
+  constexpr int kTiedShift = 16;
+  constexpr int kAboveMask = (1 << kTiedShift) - 1;
+  int counts = 0;
+#pragma unroll
+  for (int i = 0; i < kLaneKeys; ++i) {
+    counts += mine[i] > low;
+    counts += (mine[i] == low) << kTiedShift;
+  }
+  int before = counts;
+#pragma unroll
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, before, offset);
+    if (lane >= offset) before += other;
+  }
+  before -= counts;
+  int tied = before >> kTiedShift;
+  int place = (before & kAboveMask) + min(tied, ties);
+  const int first_place = place;
+  constexpr uint32_t kNone = 0xffffffffu;
+#pragma unroll
+  for (int i = 0; i < kLaneKeys; ++i) {
+    const bool is_tied = mine[i] == low;
+    if (mine[i] > low || (is_tied && tied < ties)) {
+      keys[place++] = mine[i];
+      mine[i] = blocks[begin + i];
+    } else {
+      mine[i] = kNone;
+    }
+    tied += is_tied;
+  }
+  __syncwarp();  // all blocks are read before one is overwritten
+  place = first_place;
+#pragma unroll
+  for (int i = 0; i < kLaneKeys; ++i) {
+    if (mine[i] != kNone) list[place++] = static_cast<int32_t>(mine[i]);
+  }
+  __syncwarp();
+  return low;
+}
+
+// ---- rows ----
+
+template <typename T, bool kWgmma>
+__device__ __forceinline__ void select_rows(const SelectBlocksParams& params, Ring<kWgmma> ring,
+                                            uint32_t* keys) {
+  constexpr int kRows = Shape<kWgmma>::kRows;
+  const int warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  const int budget = params.budget;
+  const int wanted = budget - params.init_blocks - params.local_blocks;
+  const float scale_log2 = params.softmax_scale * kLog2e;
+  keys += warp * kKeys;
+  int32_t* blocks = reinterpret_cast<int32_t*>(keys + (kRows - warp) * kKeys) + warp * kKeys;
+  const int enough = wanted <= kEnoughKeys / 2 ? kEnoughKeys : kKeys;
+
+  RowTile rows;
+#pragma unroll 1
+  for (int index = blockIdx.x;
+       find_tile<kRows>(params.batch, params.heads.num_kv_heads, index, &rows);
+       index += gridDim.x) {
+    const Sweep all(params, rows.position + rows.num_rows - 1);
+    const bool exists = warp < rows.num_rows;
+    const int position = rows.position + warp;
+    const Sweep mine(params, position);
+    const int token = rows.first_row + warp;
+    const int list_row = rows.kv_head * params.batch.num_tokens + token;
+    const auto list_at = [&](int place) {
+      return params.topk_idx + int64_t{list_row} * budget + place;
+    };
+    if (exists) {
+      int32_t* list = list_at(0);
+      if (mine.is_sparse) {
+        for (int i = lane; i < params.init_blocks; i += kWarpSize) list[i] = i;
+        list += budget - params.local_blocks;
+        for (int i = lane; i < params.local_blocks; i += kWarpSize) list[i] = mine.first_local + i;
+      } else {
+        const int own = position / kBlockSize;
+        for (int i = lane; i < budget; i += kWarpSize) list[i] = i <= own ? i : -1;
+      }
+    }
+    const bool chooses = exists && mine.fine_tiles > 0;
+
+    uint32_t q[kKSteps][4] = {};
+    if (chooses) {
+      load_q<T>(q,
+                static_cast<const T*>(params.q) + token * params.q_stride +
+                    rows.kv_head * kGroupSize * kHeadDim,
+                lane);
+    }
+
+    LogSumExp normaliser;
+    for_each_half<T>(
+        ring, q, all.coarse_tiles, lane, [&](int tile, auto half, float (&scores)[kScores]) {
+          const int first_slot = tile * kTileWindows;
+          if (!chooses || first_slot > mine.last_coarse) return;
+          if (tile == 0 || first_slot + kTileWindows - 1 > mine.last_coarse) {
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) {
+              const int slot = first_slot + c / 2 * 16 + lane % 4 * 4 + 2 * half.value + c % 2;
+              const int i = c / 2 * 4 + c % 2;
+              if (slot == 0 || slot > mine.last_coarse) scores[i] = scores[i + 2] = -INFINITY;
+            }
+          }
+          normaliser.add(scores, scale_log2);
+        });
+    const float lse0 = normaliser.log2_of(0, scale_log2);
+    const float lse1 = normaliser.log2_of(1, scale_log2);
+
+    // A block's key takes the first window of the next one, so that the last one of a tile waits.
+    int count = 0;
+    uint32_t threshold = 0;
+    uint32_t waiting = 0;
+    uint32_t windows[2][kSums];
+    for_each_half<T>(
+        ring, q, all.fine_tiles, lane, [&](int tile, auto half, float (&scores)[kScores]) {
+          const int first_slot = (all.first_fine_tile + tile) * kTileWindows;
+          if (!chooses || first_slot > kFineSlots * mine.first_local) return;
+          unsigned unused = 0;
+          if (first_slot == 0 || first_slot + kTileWindows - 1 > mine.last_fine) {
+#pragma unroll
+            for (int s = 0; s < kSums; ++s) {
+              const int slot = first_slot + kFineSlots * lane + 2 * half.value + s;
+              unused |= static_cast<unsigned>(slot == 0 || slot > mine.last_fine) << s;
+            }
+          }
+          rank_windows(scores, scale_log2, lse0, lse1, unused, lane, windows[half.value]);
+          if (half.value == 0) return;
+
+          const uint32_t own =
+              max(max(windows[0][0], windows[0][1]), max(windows[1][0], windows[1][1]));
+          const uint32_t before = __shfl_sync(kAllLanes, own, (lane + kWarpSize - 1) % kWarpSize);
+          uint32_t key = max(lane == 0 ? waiting : before, windows[0][0]);
+          waiting = before;
+          const int first_block = first_slot / kFineSlots - 1;
+          const int block = first_block + lane;
+          if (first_block < params.init_blocks || first_block + kTileBlocks > mine.first_local) {
+            const bool is_candidate = block >= params.init_blocks && block < mine.first_local;
+            key = is_candidate ? max(key, kLeastKey) : 0;
+          }
+          const unsigned added = __ballot_sync(kAllLanes, key > threshold);
+          if (key > threshold) {
+            const int place = count + __popc(added & ((1u << lane) - 1));
+            keys[place] = key;
+            blocks[place] = block;
+          }
+          count += __popc(added);
+          if (count + kTileBlocks > enough) {
+            threshold = choose(keys, blocks, count, wanted, lane, blocks);
+            count = wanted;
+          }
+        });
+    if (chooses) choose(keys, blocks, count, wanted, lane, list_at(params.init_blocks));
+  }
+}
+
+// ---- the kernel ----
+
+// Compiled to nothing that can be launched for the architectures that the other instruction serves.
+template <typename T, bool kWgmma>
+__global__ void __launch_bounds__(kWgmma == kHasWgmma ? Shape<kWgmma>::kThreads : kWarpSize, 1)
+    select_blocks_prefill_kernel(const __grid_constant__ SelectBlocksParams params) {
+  if constexpr (kWgmma == kHasWgmma) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    constexpr int kRows = Shape<kWgmma>::kRows;
+    constexpr int kStages = Shape<kWgmma>::kStages;
+    uint32_t* keys = reinterpret_cast<uint32_t*>(shared + kStages * kTileBytes);
+    Ring<kWgmma> ring;
+    ring.tiles = shared_address(shared);
+    ring.barriers = shared_address(keys + 2 * kRows * kKeys);
+    if (threadIdx.x == 0) {
+      if (ring.tiles % 1024 != 0) __trap();  // the swizzle goes by addresses
+      for (int stage = 0; stage < kStages; ++stage) {
+        init_barrier(ring.barriers + stage * 16, Shape<kWgmma>::kLoadThreads);
+        init_barrier(ring.barriers + stage * 16 + 8, kRows);
+      }
+#if __CUDA_ARCH__ >= 900
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+    }
+    __syncthreads();
+    if (threadIdx.x >= kRows * kWarpSize) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+#endif
+      load_tiles<kWgmma>(params, ring);
+    } else {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+#endif
+      select_rows<T, kWgmma>(params, ring, keys);
+    }
+  }
+}
+
+template <bool kWgmma>
+Status launch_rows(const SelectBlocksParams& params, void* stream, bool* is_compiled) {
+  const char* op = "select_blocks";
+  using Kernel = void (*)(SelectBlocksParams);
+  const Kernel kernel = params.heads.dtype == kFloat16
+                            ? Kernel{select_blocks_prefill_kernel<__half, kWgmma>}
+                            : Kernel{select_blocks_prefill_kernel<__nv_bfloat16, kWgmma>};
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return launch_status(op, error);
+  *is_compiled = attributes.maxThreadsPerBlock >= Shape<kWgmma>::kThreads;
+  if (!*is_compiled) return {};
+
+  LaunchShape shape;
+  shape.threads = Shape<kWgmma>::kThreads;
+  shape.shared_bytes = Shape<kWgmma>::kSharedBytes;
+  int fits = 0;
+  error = count_clusters(kernel, shape.threads, shape.shared_bytes, 1, &fits);
+  if (error != cudaSuccess) return launch_status(op, error);
+  constexpr int kRows = Shape<kWgmma>::kRows;
+  const Batch& batch = params.batch;
+  const int64_t tiles = (batch.num_tokens + kRows - 1) / kRows + int64_t{batch.batch_size};
+  shape.grid = dim3(static_cast<unsigned>(
+      std::min<int64_t>(std::max(fits, 1), tiles * params.heads.num_kv_heads)));
+  return launch_status(op, launch(kernel, shape, stream, params));
+}
+
+}  // namespace
+
+Status select_blocks_prefill(const SelectBlocksParams& params, const Device& device, void* stream) {
+  const int wanted = params.budget - params.init_blocks - params.local_blocks;
+  const int most = kKeys - 2 * kTileBlocks;
+  Check check("select_blocks");
+  check.require(wanted <= most, "budget", std::to_string(params.budget),
+                "at most " + std::to_string(most) + " more than the " +
+                    std::to_string(params.init_blocks + params.local_blocks) +
+                    " initial and local blocks, for prefill on a GPU");
+  if (!check.ok()) return check.status();
+  bool is_compiled = false;
+  Status status;
+  if (device.has_clusters()) status = launch_rows<true>(params, stream, &is_compiled);
+  if (status.ok() && !is_compiled) status = launch_rows<false>(params, stream, &is_compiled);
+  return status;
+}
+
+}  // namespace cuda
+}  // namespace minicpm41
