@@ -29,6 +29,7 @@ from workload import (  # noqa: E402
     KV_HEADS,
     MEASURED_UNIONS,
     Q_HEADS,
+    WINDOW_ROWS,
     Pages,
     Prompt,
     union_sizes,
@@ -47,8 +48,6 @@ CHUNKED_MARGIN = 1.15
 UNION_MARGIN = 0.10
 EXTRA_MIB = 64
 REBUILD_LENGTH, REBUILD_LAYERS, REBUILD_MS = 131072, 32, 3.0
-# As in src/fd_minicpm41/attention.py.
-WINDOW_ROWS = 32768
 SIZES = Sizes()
 
 

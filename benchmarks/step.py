@@ -32,6 +32,7 @@ from workload import (  # noqa: E402
     HEAD_DIM,
     KV_HEADS,
     Q_HEADS,
+    WINDOW_ROWS,
     Rows,
     correlated_queries,
     union_sizes,
@@ -41,8 +42,8 @@ LAYERS, HIDDEN, FFN, VOCABULARY = 32, 4096, 16384, 73448
 QKV = (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM
 EMBEDDING_SCALE, LOGIT_SCALE = 12.0, 256 / HIDDEN
 RESIDUAL_SCALE = 1.4 / LAYERS**0.5
-# Rows of a prompt that the products take together, and that select and attend take together.
-PRODUCT_ROWS, WINDOW_ROWS = 16384, 32768
+# Rows of a prompt that the products take together.
+PRODUCT_ROWS = 16384
 SIZES = Sizes()
 
 PROMPTS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)

@@ -32,6 +32,8 @@ NOISE_SHARE = (
 GEOMETRY = Geometry(TRUE_GEOMETRY.num_q_heads, TRUE_GEOMETRY.num_kv_heads, 128, "bfloat16")
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 2, 128
 BLOCK_SIZE = 64
+# Rows that a server selects for and attends to together (fd_minicpm41.metadata).
+WINDOW_ROWS = 32768
 
 
 def noise_share(positions: torch.Tensor) -> torch.Tensor:
