@@ -119,19 +119,22 @@ def test_ternary_weights_by_the_variable(bf16: Path, tmp_path: Path) -> None:
             assert_greedy(reply["token_ids"], folder, prompt, 16)
 
 
-def test_rounded_as_it_is_loaded(bf16: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method, ranks", [("wint4", 1), ("w4a8", 2), ("w4afp8", 2)])
+def test_rounded_as_it_is_loaded(bf16: Path, tmp_path: Path, method: str, ranks: int) -> None:
+    """On two ranks as on one: also where a row's scale is that of both ranks' columns."""
     import paddle
 
     from fd_minicpm41.quantization.rtn import quantise_rtn, restore
 
-    tensors = read_weights(bf16)
+    tensors, fmt = read_weights(bf16), FORMATS[method]
     for name, weight in tensors.items():
         if any(f".{linear}." in name for linear in LINEAR):
             columns = paddle.to_tensor(np.ascontiguousarray(weight.T))
-            codes, scales, _ = quantise_rtn(columns, FORMATS["wint4"], "wint4")
-            tensors[name] = restore(codes, scales, FORMATS["wint4"]).numpy().T.copy()
+            codes, scales, _ = quantise_rtn(columns, fmt, method)
+            tensors[name] = restore(codes, scales, fmt).numpy().T.copy()
     reference = copy_checkpoint(bf16, tmp_path / "reference", tensors)
-    assert_serves(bf16, reference, tmp_path / "log", quantization={"quantization": "wint4"})
+    options = {"quantization": {"quantization": method}, "tensor_parallel_size": ranks}
+    assert_serves(bf16, reference, tmp_path / "log", **options)
 
 
 def test_long_steps_of_w4a8_round_their_tokens(bf16: Path, tmp_path: Path) -> None:

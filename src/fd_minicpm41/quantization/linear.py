@@ -8,13 +8,14 @@ up, by columns (``K``) in o and down, where each rank gets whole groups.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import paddle
 from fastdeploy.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
+    RowParallelLinear,
 )
 from fastdeploy.model_executor.layers.quantization.quant_base import QuantMethodBase
 from fastdeploy.model_executor.layers.quantization.weight_only import GPUWeightOnlyLinearMethod
@@ -172,7 +173,13 @@ class RoundingLinearMethod(LowBitLinearMethod):
             UsageError: wint2 of a weight that is not ternary.
         """
         weight = layer.weight
-        self.fmt, codes, scales, channel_scales = round_weight(weight, self.method, layer.prefix)
+        shards = WHOLE
+        if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
+            rank = layer.fd_config.parallel_config.tensor_parallel_rank
+            shards = ColumnShards(rank, layer.tp_group)
+        self.fmt, codes, scales, channel_scales = round_weight(
+            weight, self.method, layer.prefix, shards
+        )
         self.hold(layer, codes, scales)
         if channel_scales is not None:
             replace_parameter(layer, "channel_scales", channel_scales)
@@ -180,13 +187,38 @@ class RoundingLinearMethod(LowBitLinearMethod):
         del layer.weight
 
 
+@dataclass(frozen=True)
+class ColumnShards:
+    """How a weight's columns are split over ranks.
+
+    Attributes:
+        rank: which of them this process holds.
+        group: FastDeploy's group of the ranks; None if one holds all.
+    """
+
+    rank: int
+    group: Any
+
+    def gather(self, part: paddle.Tensor) -> paddle.Tensor:
+        """Every rank's columns side by side; all ranks call it, in the same order."""
+        if self.group is None:
+            return part
+        parts: list[paddle.Tensor] = []
+        paddle.distributed.all_gather(parts, part, group=self.group)
+        return paddle.concat(parts, axis=1)
+
+
+WHOLE = ColumnShards(0, None)
+
+
 def round_weight(
-    weight: paddle.Tensor, method: str, name: str
+    weight: paddle.Tensor, method: str, name: str, shards: ColumnShards = WHOLE
 ) -> tuple[LowBitFormat, paddle.Tensor, paddle.Tensor, paddle.Tensor | None]:
     """A 16-bit weight ``[N, K]`` as format, packed codes, bf16 scales and channel scales.
 
     wint2 is exact: ternary with the weight's own scales. The others round to nearest, in groups of
-    128 where they divide K, else of 64.
+    128 where they divide K, else of 64. The scale of a row that w4a8 and w4afp8 have is that of all
+    ranks' columns, so that shards are those of the whole weight.
 
     Raises:
         UsageError: wint2 of a weight that is not ternary, unless data-free rounding was asked for.
@@ -213,10 +245,15 @@ def round_weight(
     fmt = LowBitFormat(bits, groups[0], ZERO[bits])
     packed, all_scales, channels = [], [], []
     for start in range(0, rows, ROWS_AT_ONCE):
-        part = weight[start : start + ROWS_AT_ONCE].astype("float32").t()
-        codes, scales, ladder = quantise_rtn(part, fmt, method)
-        packed.append(pack_rows(codes.t(), bits))
-        all_scales.append(scales.t().astype("bfloat16"))
+        part = weight[start : start + ROWS_AT_ONCE].astype("float32")
+        first = 0
+        if method in ACTIVATIONS:
+            part, first = shards.gather(part), shards.rank * columns
+        codes, scales, ladder = quantise_rtn(part.t(), fmt, method)
+        own = codes[first : first + columns]
+        own_scales = scales[first // fmt.group : (first + columns) // fmt.group]
+        packed.append(pack_rows(own.t(), bits))
+        all_scales.append(own_scales.t().astype("bfloat16"))
         if ladder is not None:
             channels.append(ladder.channel)
     channel_scales = paddle.concat(channels) if channels else None
