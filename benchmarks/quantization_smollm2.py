@@ -60,7 +60,9 @@ RECIPES = {
     "wint2-mix gptq": Recipe("wint2", "gptq", GROUP, hadamard=64, bits=MIX),
     "wint2 rtn": Recipe("wint2", "rtn", GROUP, hadamard=64),
     "w4a8 gptq": Recipe("w4a8", "gptq", GROUP),
+    "w4a8 rtn": Recipe("w4a8", "rtn", GROUP),
     "w4afp8 gptq": Recipe("w4afp8", "gptq", GROUP),
+    "w4afp8 rtn": Recipe("w4afp8", "rtn", GROUP),
 }
 
 
