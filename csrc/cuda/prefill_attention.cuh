@@ -13,9 +13,8 @@ bool has_sparse_prefill_sm90();
 
 // ---- tiles ----
 
-// Up to kTokens rows of one request. A call may be a window of a longer step: cu_seqlens_q may
-// begin below 0 and end past num_tokens. Where a tile is cut does not show in a row's bits: blocks
-// that only its neighbours list leave no trace in its sums.
+// Neighbouring rows of one request. Where a tile is cut does not show in a row's bits: blocks that
+// only its neighbours list leave no trace in its sums.
 struct Tile {
   int request;
   int row;  // its first
@@ -23,63 +22,112 @@ struct Tile {
   int position;  // of its first row
 };
 
-// No step of these shapes has more tiles.
-inline int64_t most_tiles(const Batch& batch, int tokens) {
-  return (batch.num_tokens + tokens - 1) / tokens + int64_t{batch.batch_size};
+// How a call is cut: its first `small_rows` rows into tiles of up to `small` rows, the others into
+// tiles of up to `large`; no tile spans requests.
+struct Cut {
+  int large, small, small_rows;
+  int large_tiles, small_tiles;  // for each kv head
+};
+
+__host__ __device__ inline int tiles_for(int rows, int tile_rows) {
+  return (rows + tile_rows - 1) / tile_rows;
+}
+// No call of these shapes has more tiles of that size.
+inline int64_t most_tiles(const Batch& batch, int tile_rows) {
+  return tiles_for(batch.num_tokens, tile_rows) + int64_t{batch.batch_size};
 }
 
-// Tiles of a request, and where its rows lie in this call.
-template <int kTokens>
-__device__ __forceinline__ int tiles_of(const Batch& batch, int request, int* first_row,
-                                        int* num_rows) {
-  *num_rows = *first_row = 0;
+// Rows that a prefill request has in this call, which may be a window of a longer step:
+// cu_seqlens_q may begin below 0 and end past num_tokens.
+__device__ __forceinline__ int rows_of(const Batch& batch, int request, int* first_row) {
+  *first_row = 0;
   if (request >= batch.batch_size) return 0;
   const int query_len = __ldg(batch.query_lens + request);
   if (!is_prefill(query_len)) return 0;
   const int begin = __ldg(batch.cu_seqlens_q + request);
   *first_row = max(begin, 0);
-  *num_rows = max(min(begin + query_len, batch.num_tokens) - *first_row, 0);
-  return (*num_rows + kTokens - 1) / kTokens;
+  return max(min(begin + query_len, batch.num_tokens) - *first_row, 0);
 }
 
-// Tiles of the call. Called by whole warps, as is find_tile.
-template <int kTokens>
-__device__ __forceinline__ int count_tiles(const Batch& batch, int lane) {
-  int total = 0;
-  for (int first = 0; first < batch.batch_size; first += kWarpSize) {
-    int row, rows;
-    total += __reduce_add_sync(kAllLanes, tiles_of<kTokens>(batch, first + lane, &row, &rows));
-  }
-  return total;
-}
-
-// Tile `index` of the call, which has more than that.
-template <int kTokens>
-__device__ __forceinline__ Tile find_tile(const Batch& batch, int index, int lane) {
-  for (int first = 0;; first += kWarpSize) {
-    int row, rows;
-    const int count = tiles_of<kTokens>(batch, first + lane, &row, &rows);
-    int end = count;  // running sum
+__device__ __forceinline__ int running_sum(int value, int lane) {
 #pragma unroll
-    for (int step = 1; step < kWarpSize; step *= 2) {
-      const int before = __shfl_up_sync(kAllLanes, end, step);
-      if (lane >= step) end += before;
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const int before = __shfl_up_sync(kAllLanes, value, step);
+    if (lane >= step) value += before;
+  }
+  return value;
+}
+
+// 32 requests at a time, one a lane: their rows and how many of these are cut small.
+struct RequestScan {
+  int first = -kWarpSize;  // request of lane 0
+  int row, rows, small_rows;
+
+  __device__ __forceinline__ bool next(const Batch& batch, const Cut& cut, int lane) {
+    first += kWarpSize;
+    if (first >= batch.batch_size) return false;
+    rows = rows_of(batch, first + lane, &row);
+    const int end = running_sum(rows, lane) + rows_before_;
+    small_rows = min(max(cut.small_rows - (end - rows), 0), rows);
+    rows_before_ = __shfl_sync(kAllLanes, end, kWarpSize - 1);
+    return true;
+  }
+
+ private:
+  int rows_before_ = 0;
+};
+
+// Cuts a call into tiles of `large` rows. If they are worked through by thread blocks that each
+// take their share, what is left for the last round goes to all of them in smaller tiles, a
+// multiple of `step` rows each. Called by whole warps, as is find_tile.
+__device__ __forceinline__ Cut cut_call(const Batch& batch, int large, int step, int kv_heads,
+                                        int thread_blocks, int lane) {
+  Cut cut = {large, large, 0, 0, 0};
+  for (int pass = 0; pass < 2; ++pass) {
+    int tiles = 0, small_tiles = 0;
+    for (RequestScan scan; scan.next(batch, cut, lane);) {
+      tiles += __reduce_add_sync(kAllLanes, tiles_for(scan.rows - scan.small_rows, large));
+      small_tiles += __reduce_add_sync(kAllLanes, tiles_for(scan.small_rows, cut.small));
     }
-    const unsigned holds = __ballot_sync(kAllLanes, index < end);
+    cut.large_tiles = tiles;
+    cut.small_tiles = small_tiles;
+    if (pass == 1) break;
+    const int left = tiles * kv_heads % thread_blocks;
+    int small = step;
+    while (small < large && left * large > thread_blocks * small) small += step;
+    if (left == 0 || small >= large) break;
+    cut.small = small;
+    cut.small_rows = tiles_for(left, kv_heads) * large;
+  }
+  return cut;
+}
+
+// Tile `index` of the large or the small ones, of which there are more than that.
+__device__ __forceinline__ Tile find_tile(const Batch& batch, const Cut& cut, bool is_small,
+                                          int index, int lane) {
+  const int tile_rows = is_small ? cut.small : cut.large;
+  RequestScan scan;
+  while (scan.next(batch, cut, lane)) {
+    const int begin = is_small ? 0 : scan.small_rows;
+    const int end = is_small ? scan.small_rows : scan.rows;
+    const int tiles = tiles_for(end - begin, tile_rows);
+    const int tiles_end = running_sum(tiles, lane);
+    const unsigned holds = __ballot_sync(kAllLanes, index < tiles_end);
     if (holds == 0) {
-      index -= __shfl_sync(kAllLanes, end, kWarpSize - 1);
+      index -= __shfl_sync(kAllLanes, tiles_end, kWarpSize - 1);
       continue;
     }
     const int owner = __ffs(holds) - 1;
-    const int skipped = (index - __shfl_sync(kAllLanes, end - count, owner)) * kTokens;
+    const int at = begin + (index - (tiles_end - tiles)) * tile_rows;  // the owner's is right
     Tile tile;
-    tile.request = first + owner;
-    tile.row = __shfl_sync(kAllLanes, row, owner) + skipped;
-    tile.rows = min(kTokens, __shfl_sync(kAllLanes, rows, owner) - skipped);
+    tile.request = scan.first + owner;
+    tile.row = __shfl_sync(kAllLanes, scan.row + at, owner);
+    tile.rows = __shfl_sync(kAllLanes, min(tile_rows, end - at), owner);
     tile.position = __ldg(batch.history_lens + tile.request) + tile.row -
                     __ldg(batch.cu_seqlens_q + tile.request);
     return tile;
   }
+  return {};
 }
 
 // ---- which rows attend to a block ----
@@ -121,7 +169,7 @@ __device__ __forceinline__ void mark_listed(uint32_t* marks, const SparseAttenti
   const int32_t* list =
       params.topk_idx +
       (int64_t{kv_head} * params.batch.num_tokens + tile.row + row) * params.budget;
-#pragma unroll 4
+#pragma unroll 2
   for (; row < tile.rows; ++row, list += params.budget) {
     const int own = (tile.position + row) / kBlockSize;
     for (int i = thread; i < params.budget; i += threads) {
@@ -188,89 +236,85 @@ constexpr int kScores = kBlockSize / 2;
 // Likewise the output, with 128 dimensions in place of the keys.
 constexpr int kOutputs = kHeadDim / 2;
 
+// The softmax of a token's heads so far, and the output that it weighs.
 struct Softmax {
-  float peak[2];  // of softmax_scale * log2(e) * q.k, or less: see weigh
+  float peak[2];  // what weights are relative to: softmax_scale * log2(e) * q.k of some key
   float sum[2];   // of this thread's weights
+  float out[kOutputs];
 
   __device__ __forceinline__ void clear() {
-    // Finite, so that -inf scores below it do not make a NaN.
+    // Finite and below every score: the first weights are too large, and weigh finds the peak.
     peak[0] = peak[1] = -1e30f;
     sum[0] = sum[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) out[i] = 0.0f;
   }
 };
 
-// Turns scores into weights. True if the output so far must be multiplied by `shrink`: not at every
-// new maximum but once it has grown by a factor of 2^8, which costs no accuracy, since weights of
-// up to 2^8 are as exact in 16 bits as those up to 1.
-__device__ __forceinline__ bool weigh(float (&scores)[kScores], Softmax& state, float (&shrink)[2],
-                                      float scale_log2, int last_key, int lane) {
-  constexpr float kTolerated = 8.0f;
+// Weights of the scores relative to the peaks, packed as operand A of the products with 16 keys
+// each. False if one of them is too large.
+template <typename T>
+__device__ __forceinline__ bool pack_weights(uint32_t (&weights)[kBlockSize / 16][4],
+                                             const float (&scores)[kScores], const float (&peak)[2],
+                                             float (&sum)[2], float scale_log2) {
+  // A sum of 16 weights bounds each: they stay far below the largest float16.
+  constexpr float kLargest = 1024.0f;
+  float odd[2];
+#pragma unroll
+  for (int i = 0; i < kScores / 2; ++i) {
+    const int r = i % 2;
+    const float x = exp2_approx(__fmaf_rn(scores[2 * i], scale_log2, -peak[r]));
+    const float y = exp2_approx(__fmaf_rn(scores[2 * i + 1], scale_log2, -peak[r]));
+    sum[r] = i < 2 ? x : sum[r] + x;
+    odd[r] = i < 2 ? y : odd[r] + y;
+    weights[i / 4][i % 4] = Pair<T>::pack(x, y);
+  }
+  sum[0] += odd[0];
+  sum[1] += odd[1];
+  return sum[0] <= kLargest && sum[1] <= kLargest;
+}
+
+// Turns scores into weights. The peaks need not be the largest scores so far, for weights of up to
+// 2^10 are as exact in 16 bits as those up to 1: the largest scores are looked for only when
+// weights become larger than that, which the first of all do. `state.out` must not be in use.
+template <typename T>
+__device__ __forceinline__ void weigh(uint32_t (&weights)[kBlockSize / 16][4],
+                                      float (&scores)[kScores], Softmax& state, float scale_log2,
+                                      int last_key, int lane) {
   if (last_key < kBlockSize - 1) {
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
       if (i / 4 * 8 + lane % 4 * 2 + i % 2 > last_key) scores[i] = -INFINITY;
     }
   }
-  float peak[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float even = scores[2 * r], odd = scores[2 * r + 1];
-#pragma unroll
-    for (int i = 4 + 2 * r; i < kScores; i += 4) {
-      even = fmaxf(even, scores[i]);
-      odd = fmaxf(odd, scores[i + 1]);
-    }
-    peak[r] = fmaxf(even, odd);
-    peak[r] = fmaxf(peak[r], __shfl_xor_sync(kAllLanes, peak[r], 1));
-    peak[r] = fmaxf(peak[r], __shfl_xor_sync(kAllLanes, peak[r], 2)) * scale_log2;
-  }
-  const bool grows = __any_sync(
-      kAllLanes, peak[0] > state.peak[0] + kTolerated || peak[1] > state.peak[1] + kTolerated);
-  if (grows) {
+  float sum[2];
+  if (__any_sync(kAllLanes, !pack_weights<T>(weights, scores, state.peak, sum, scale_log2))) {
+    float shrink[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float larger = fmaxf(state.peak[r], peak[r]);
-      shrink[r] = exp2_approx(state.peak[r] - larger);
-      state.peak[r] = larger;
+      float peak = scores[2 * r];
+#pragma unroll
+      for (int i = 2 * r; i < kScores; i += 4) {
+        peak = fmaxf(peak, fmaxf(scores[i], scores[i + 1]));
+      }
+      peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, 1));
+      peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, 2)) * scale_log2;
+      peak = fmaxf(peak, state.peak[r]);
+      shrink[r] = exp2_approx(state.peak[r] - peak);
+      state.peak[r] = peak;
       state.sum[r] *= shrink[r];
     }
-  }
 #pragma unroll
-  for (int i = 0; i < kScores; ++i) {
-    scores[i] = exp2_approx(__fmaf_rn(scores[i], scale_log2, -state.peak[i / 2 % 2]));
+    for (int i = 0; i < kOutputs; ++i) state.out[i] *= shrink[i / 2 % 2];
+    pack_weights<T>(weights, scores, state.peak, sum, scale_log2);
   }
-  return grows;
-}
-
-// Adds the weights to the sums. Apart from weigh, so that no addition that waits for its
-// exponential holds up the exponentials behind it.
-__device__ __forceinline__ void add_weights(const float (&scores)[kScores], Softmax& state) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float even = scores[2 * r], odd = scores[2 * r + 1];
-#pragma unroll
-    for (int i = 4 + 2 * r; i < kScores; i += 4) {
-      even += scores[i];
-      odd += scores[i + 1];
-    }
-    state.sum[r] += even + odd;
-  }
-}
-
-// The same weights as operand A of the products with 16 keys each.
-template <typename T>
-__device__ __forceinline__ void pack_weights(uint32_t (&weights)[kBlockSize / 16][4],
-                                             const float (&scores)[kScores]) {
-#pragma unroll
-  for (int i = 0; i < kScores / 2; ++i) {
-    weights[i / 4][i % 4] = Pair<T>::pack(scores[2 * i], scores[2 * i + 1]);
-  }
+  state.sum[0] += sum[0];
+  state.sum[1] += sum[1];
 }
 
 template <typename T>
 __device__ __forceinline__ void write_row(const SparseAttentionParams& params, int row, int kv_head,
-                                          const float (&out)[kOutputs], const Softmax& state,
-                                          int lane) {
+                                          const Softmax& state, int lane) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float sum = state.sum[r];
@@ -284,7 +328,7 @@ __device__ __forceinline__ void write_row(const SparseAttentionParams& params, i
     for (int n = 0; n < kHeadDim / 8; ++n) {
       const int i = 4 * n + 2 * r;
       *reinterpret_cast<uint32_t*>(target + 8 * n) =
-          Pair<T>::pack(out[i] * scale, out[i + 1] * scale);
+          Pair<T>::pack(state.out[i] * scale, state.out[i + 1] * scale);
     }
     if (params.lse != nullptr && lane % 4 == 0) {
       params.lse[int64_t{row} * params.heads.num_q_heads + head] =

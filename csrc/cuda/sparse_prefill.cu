@@ -84,9 +84,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int token = threadIdx.x / kWarpSize;
   const int kv_head = blockIdx.y;
   // The latest positions, whose lists are the longest, come first.
-  const int index = count_tiles<kTokens>(params.batch, lane) - 1 - static_cast<int>(blockIdx.x);
+  const Cut cut = cut_call(params.batch, kTokens, kTokens, 1, 1, lane);
+  const int index = cut.large_tiles - 1 - static_cast<int>(blockIdx.x);
   if (index < 0) return;
-  const Tile tile = find_tile<kTokens>(params.batch, index, lane);
+  const Tile tile = find_tile(params.batch, cut, false, index, lane);
   const int last = tile.position + tile.rows - 1;
   const int position = tile.position + token;
 
@@ -98,7 +99,6 @@ __global__ void __launch_bounds__(kThreads, 1)
              kv_head * kGroupSize * kHeadDim,
          lane);
   const float scale_log2 = params.softmax_scale * kLog2e;
-  float out[kOutputs] = {};
   Softmax state;
   state.clear();
 
@@ -130,25 +130,19 @@ __global__ void __launch_bounds__(kThreads, 1)
       commit_copies();
       if (mark >> token & 1) {
         float scores[kScores];
-        float shrink[2];
         uint32_t weights[kBlockSize / 16][4];
         multiply_keys<T>(scores, q, stage, lane);
         const int last_key =
             block == position / kBlockSize ? position % kBlockSize : kBlockSize - 1;
-        if (weigh(scores, state, shrink, scale_log2, last_key, lane)) {
-#pragma unroll
-          for (int i = 0; i < kOutputs; ++i) out[i] *= shrink[i / 2 % 2];
-        }
-        add_weights(scores, state);
-        pack_weights<T>(weights, scores);
-        multiply_values<T>(out, weights, stage + kTileBytes, lane);
+        weigh<T>(weights, scores, state, scale_log2, last_key, lane);
+        multiply_values<T>(state.out, weights, stage + kTileBytes, lane);
       }
       const uint32_t read = stage;
       stage = other_stage;
       other_stage = read;
     }
   }
-  if (token < tile.rows) write_row<T>(params, tile.row + token, kv_head, out, state, lane);
+  if (token < tile.rows) write_row<T>(params, tile.row + token, kv_head, state, lane);
 }
 
 }  // namespace

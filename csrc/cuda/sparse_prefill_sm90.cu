@@ -11,8 +11,9 @@
 // an entry beside it; a tile begins with a stage that holds an entry alone. Thread blocks stay for
 // all of their tiles, so that a tile's first pages arrive while the tile before is finished.
 //
-// Within a warpgroup the softmax of one block runs beside the product of the block before with V,
-// and the three warpgroups drift apart, so that the tensor cores seldom wait for a softmax.
+// While one warpgroup weighs its scores, the tensor cores serve the two others. How often that
+// succeeds depends on how long weighing takes: it looks for no maximum as long as weights stay in
+// range.
 #include "hopper.cuh"
 #include "prefill_attention.cuh"
 
@@ -27,9 +28,9 @@ constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kTokens = kConsumers * kWarps;
 constexpr int kStages = 5;
 constexpr int kPageBytes = kBlockSize * kRowBytes;
-// Together the 512 registers that four warpgroups have a thread, in multiples of 8.
-constexpr int kConsumerRegisters = 144;
-constexpr int kProducerRegisters = 80;
+// What a thread of each may use, in multiples of 8.
+constexpr int kConsumerRegisters = 152;
+constexpr int kProducerRegisters = 56;
 static_assert(kConsumers * kConsumerRegisters + kProducerRegisters == 65536 / kWarpgroup,
               "all registers of a multiprocessor");
 static_assert(kTokens <= kMarkBits, "a mark holds a bit a token");
@@ -90,17 +91,23 @@ struct Cursor {
 __device__ __forceinline__ void make_marks(Tiles& tiles, Signals& signals,
                                            const SparseAttentionParams& params, int thread) {
   const int lane = thread % kWarpSize;
-  const int total = count_tiles<kTokens>(params.batch, lane);
+  const int kv_heads = params.heads.num_kv_heads;
+  const Cut cut = cut_call(params.batch, kTokens, kWarps, kv_heads, gridDim.x, lane);
+  const int large_turns = cut.large_tiles * kv_heads;
+  const int turns = large_turns + cut.small_tiles * kv_heads;
   Cursor<2> buffer;
   // One kv head after the other, so that L2 serves one at a time; the latest positions, whose lists
   // are the longest, first.
   for (int turn = blockIdx.x;; turn += gridDim.x) {
-    const bool is_end = turn >= total * params.heads.num_kv_heads;
+    const bool is_end = turn >= turns;
     Tile tile = {};
     int kv_head = 0;
     if (!is_end) {
-      kv_head = turn / total;
-      tile = find_tile<kTokens>(params.batch, total - 1 - turn % total, lane);
+      const bool is_small = turn >= large_turns;
+      const int tiles = is_small ? cut.small_tiles : cut.large_tiles;
+      const int index = is_small ? turn - large_turns : turn;
+      kv_head = index / tiles;
+      tile = find_tile(params.batch, cut, is_small, tiles - 1 - index % tiles, lane);
     }
     const int blocks = is_end ? 1 : blocks_of(params.batch, tile);
     for (int base = 0; base < blocks; base += kMarkedBlocks) {
@@ -225,12 +232,10 @@ class Consumer {
       load_queries(static_cast<const T*>(params_.q) +
                    (header.row + min(token_, rows - 1)) * params_.q_stride +
                    kv_head * kGroupSize * kHeadDim);
-#pragma unroll
-      for (int i = 0; i < kOutputs; ++i) out_[i] = 0.0f;
       state_.clear();
       attend_all();
       if (token_ < rows) {
-        write_row<T>(params_, header.row + token_, kv_head, out_, state_, lane_);
+        write_row<T>(params_, header.row + token_, kv_head, state_, lane_);
       }
     }
   }
@@ -240,12 +245,6 @@ class Consumer {
     int mark;
     int block;
   };
-  // A Next that says: the next block to attend to is too far ahead to wait for.
-  static constexpr int kTooFar = -1;
-  // The values of the last block stay in the ring while the next one is looked for, and the ring
-  // cannot turn over them.
-  static constexpr int kMostPassed = kStages - 2;
-
   __device__ __forceinline__ void release(uint64_t* barrier) {
     if (lane_ == 0) arrive(barrier);
   }
@@ -262,10 +261,8 @@ class Consumer {
     return {entry.x, entry.y};
   }
   // Passes over blocks that no token of the warpgroup lists, up to one that is listed or a header.
-  __device__ __forceinline__ Next look_on(Next next, bool holds_values) {
-    for (int passed = 0; next.mark != 0; ++passed) {
-      if ((next.mark >> (warpgroup_ * kWarps) & ((1 << kWarps) - 1)) != 0) break;
-      if (holds_values && passed == kMostPassed) return {kTooFar, 0};
+  __device__ __forceinline__ Next look_on(Next next) {
+    while (next.mark != 0 && (next.mark >> (warpgroup_ * kWarps) & ((1 << kWarps) - 1)) == 0) {
       pass();
       next = peek();
     }
@@ -287,8 +284,10 @@ class Consumer {
     sync_named(kConsumerBarrier + warpgroup_, kWarpgroup);
   }
 
-  // Both start products and return.
-  __device__ __forceinline__ void multiply_keys(int stage) {
+  // Both start products and return. That a stage is the same in all lanes shows in the shuffle,
+  // which leaves descriptors to uniform registers.
+  __device__ __forceinline__ void multiply_keys() {
+    const int stage = __shfl_sync(kAllLanes, ring_.at, 0);
     const uint32_t queries = operand(shared_address(tiles_.q[warpgroup_]), 0);
     const uint32_t keys = operand(shared_address(tiles_.k[stage]), 0);
     begin_products();
@@ -299,82 +298,44 @@ class Consumer {
     }
     end_products();
   }
-  __device__ __forceinline__ void multiply_values(const Cursor<kStages>& stage) {
-    wait_phase(&signals_.v_full[stage.at], stage.parity);
-    const uint32_t values = operand(shared_address(tiles_.v[stage.at]), kHalfBytes);
+  __device__ __forceinline__ void multiply_values() {
+    const int stage = __shfl_sync(kAllLanes, ring_.at, 0);
+    const uint32_t values = operand(shared_address(tiles_.v[stage]), kHalfBytes);
+    wait_phase(&signals_.v_full[ring_.at], ring_.parity);
     begin_products();
 #pragma unroll
     for (int step = 0; step < kBlockSize / 16; ++step) {
-      product_64x128x16<T>(out_, weights_[step], values + (step * 16 * (kRowBytes / 2) >> 4));
+      product_64x128x16<T>(state_.out, weights_[step], values + (step * 16 * (kRowBytes / 2) >> 4));
     }
     end_products();
-  }
-  // From scores to weights, in place.
-  __device__ __forceinline__ void soften(const Next& next) {
-    is_listed_ = next.mark >> token_ & 1;
-    shrinks_ = false;
-    if (is_listed_) {
-      const int last_key =
-          next.block == position_ / kBlockSize ? position_ % kBlockSize : kBlockSize - 1;
-      shrinks_ = weigh(scores_, state_, shrink_, scale_log2_, last_key, lane_);
-    }
-  }
-  __device__ __forceinline__ void add_up() {
-    if (is_listed_) add_weights(scores_, state_);
-  }
-  // What must wait until no product reads or writes `weights_` and `out_`.
-  __device__ __forceinline__ void settle() {
-    if (shrinks_) {
-#pragma unroll
-      for (int i = 0; i < kOutputs; ++i) out_[i] *= shrink_[i / 2 % 2];
-    }
-#pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) {
-      weights_[i / 4][i % 4] = is_listed_ ? Pair<T>::pack(scores_[2 * i], scores_[2 * i + 1]) : 0;
-    }
   }
 
   // All blocks of a tile, up to the header of the next.
   __device__ __forceinline__ void attend_all() {
-    Next next = look_on(peek(), false);
+    Next next = look_on(peek());
     while (next.mark != 0) {
-      pin(out_);
-      multiply_keys(ring_.at);
+      pin(scores_);
+      multiply_keys();
       wait_products<0>();
       pin(scores_);
       release(&signals_.k_empty[ring_.at]);
-      soften(next);
-      add_up();
-      settle();
-      Cursor<kStages> held = ring_;
-      ring_.advance();
-      next = look_on(peek(), true);
-      while (next.mark > 0) {
-        pin(out_);
-        pin(scores_);
-        multiply_keys(ring_.at);
-        multiply_values(held);
-        wait_products<1>();
-        pin(scores_);
-        release(&signals_.k_empty[ring_.at]);
-        soften(next);
-        const int read = held.at;
-        held = ring_;
-        ring_.advance();
-        next = peek();
-        add_up();
-        wait_products<0>();
-        pin(out_);
-        release(&signals_.v_empty[read]);
-        settle();
-        next = look_on(next, true);
+      if (next.mark >> token_ & 1) {
+        const int last_key =
+            next.block == position_ / kBlockSize ? position_ % kBlockSize : kBlockSize - 1;
+        weigh<T>(weights_, scores_, state_, scale_log2_, last_key, lane_);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kScores / 2; ++i) weights_[i / 4][i % 4] = 0;
       }
-      pin(out_);
-      multiply_values(held);
+      pin(state_.out);
+      multiply_values();
+      const int read = ring_.at;
+      ring_.advance();
+      next = peek();
       wait_products<0>();
-      pin(out_);
-      release(&signals_.v_empty[held.at]);
-      if (next.mark == kTooFar) next = look_on(peek(), false);
+      pin(state_.out);
+      release(&signals_.v_empty[read]);
+      next = look_on(next);
     }
   }
 
@@ -385,12 +346,9 @@ class Consumer {
   const float scale_log2_;
   Cursor<kStages> ring_;
   int position_ = 0;
-  bool is_listed_ = false, shrinks_ = false;
-  float out_[kOutputs];
   float scores_[kScores];
   uint32_t weights_[kBlockSize / 16][4];
   Softmax state_;
-  float shrink_[2];
 };
 
 #endif  // MINICPM41_HAS_WGMMA
@@ -474,7 +432,7 @@ Status sparse_prefill_sm90(const SparseAttentionParams& params, void* stream) {
   const cudaError_t error = count_clusters(kernel, kThreads, shape.shared_bytes, 1, &fits);
   if (error != cudaSuccess) return launch_status(op, error);
   shape.grid = dim3(static_cast<unsigned>(
-      std::min<int64_t>(fits, most_tiles(batch, kTokens) * heads.num_kv_heads)));
+      std::min<int64_t>(fits, most_tiles(batch, kWarps) * heads.num_kv_heads)));
   return launch_status(op, launch(kernel, shape, stream, params, k_map, v_map));
 }
 

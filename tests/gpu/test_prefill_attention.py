@@ -143,20 +143,20 @@ def window(gpu: Step, first: int, count: int) -> Step:
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_prompts_of_every_window_length(geometry) -> None:
     lengths = [*WINDOW_LENGTHS, *range(PREFILL, PREFILL + 13)]
-    check([(0, length) for length in lengths], SMALL, geometry, most=4)
+    check([(0, length) for length in lengths], SMALL, geometry, most=2)
 
 
 @pytest.mark.parametrize("geometry", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.98], ids=str)
 def test_chunks_behind_histories_that_are_no_whole_page(geometry, kept: float) -> None:
     requests = [(1, 16), (63, 17), (64, 64), (65, 63), (100, 37), (447, 130), (1999, 201), (640, 1)]
-    check(requests, SMALL, geometry, kept=kept)
+    check(requests, SMALL, geometry, most=4, kept=kept)
 
 
 @pytest.mark.parametrize("dense_len", [-1, 511, 512, 513, 10_000])
 def test_mixed_batch_of_prefill_decode_and_idle_requests(dense_len: int) -> None:
     requests = [(0, 600), (1030, 1), (0, 0), (700, 77), (383, 3), (1500, 1), (20, 15), (495, 16)]
-    check(requests, replace(SMALL, dense_len=dense_len), most=12)
+    check(requests, replace(SMALL, dense_len=dense_len), most=5)
 
 
 def test_more_requests_than_a_warp_has_lanes() -> None:
@@ -166,8 +166,8 @@ def test_more_requests_than_a_warp_has_lanes() -> None:
 
 
 def test_published_sizes_around_the_switch() -> None:
-    check([(6100, 120), (8150, 150), (0, 300), (12_000, 77)], PUBLISHED, most=8)
-    check([(6100, 120)], replace(PUBLISHED, dense_len=-1), FP16, most=8)
+    check([(6100, 120), (8150, 150), (0, 300), (12_000, 77)], PUBLISHED, most=4)
+    check([(6100, 120)], replace(PUBLISHED, dense_len=-1), FP16, most=4)
 
 
 # The last has 2100 blocks: the kernels mark 2048 of them at a time.
@@ -181,7 +181,7 @@ def test_chunks_behind_long_histories(kv_len: int) -> None:
 
 
 def test_a_whole_prompt_that_turns_sparse() -> None:
-    check([(0, 9001)], PUBLISHED, most=12)
+    check([(0, 9001)], PUBLISHED, most=8)
 
 
 # ---- bits ----
@@ -385,7 +385,7 @@ def test_growing_scores_do_not_lose_what_came_before() -> None:
     # Every block's scores lie above those of the block before, so that the softmax's reference
     # moves again and again, by less and by more than it tolerates.
     host = make_step([(3000, 64)], BF16, padding_rows=0)
-    for step in (0.5, 3.0, 20.0, 200.0):
+    for step in (0.5, 3.0, 20.0, 40.0):
         rising = on_gpu(host)
         keys = host.keys[0].astype(np.float32)
         unit = np.zeros(128, np.float32)
