@@ -174,6 +174,10 @@ def test_fp8_needs_a_gpu_that_has_it(bf16: Path, tmp_path: Path) -> None:
                 choose(folder, asked, sm_version=sm_version)
         assert choose(bf16, "w4a8", sm_version=sm_version)
     assert choose(bf16, "fp8", sm_version=89) and choose(stored, sm_version=90)
+    assert choose(bf16, "fp8", sm_version=100)
+    for folder, asked in ((bf16, "w4afp8"), (stored, None)):
+        with pytest.raises(UsageError, match=r"this GPU has 10\.0: choose w4a8"):
+            choose(folder, asked, sm_version=100)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ HOST_METHODS = ("block_wise_fp8", "wfp8afp8")
 # What multiplies fp8, and what a GPU without it can be given instead.
 FP8_INSTEAD = {"fp8": "wint8", "w4afp8": "w4a8"}
 FIRST_FP8_SM = 89
+# From here on FastDeploy's cutlass_scaled_mm, which w4afp8 needs, multiplies int8 alone.
+LAST_SCALED_FP8_SM = 99
 # FastDeploy's own linear methods serve these on a GPU, so that its cache of loaded weights may.
 HOST_CACHED = ("wint8", "fp8")
 CACHE_VARIABLE = "FD_ENABLE_MODEL_LOAD_CACHE"
@@ -222,12 +224,19 @@ def check_fp8(method: str, sm_version: int) -> None:
     """Refuses a method that multiplies fp8 on a GPU that cannot.
 
     Raises:
-        UsageError: a compute capability below 8.9, and what to choose instead.
+        UsageError: a compute capability below 8.9, or for w4afp8 of 10.0 and later, and what to
+            choose instead.
     """
     if sm_version < FIRST_FP8_SM:
         raise UsageError(
             f"{method} needs a GPU that multiplies fp8, of compute capability 8.9 or later; this "
             f"one has {sm_version // 10}.{sm_version % 10}: choose {FP8_INSTEAD[method]}"
+        )
+    if method == "w4afp8" and sm_version > LAST_SCALED_FP8_SM:
+        raise UsageError(
+            "w4afp8 needs FastDeploy's fp8 products with scales, which it has for compute "
+            f"capability 8.9 and 9.0; this GPU has {sm_version // 10}.{sm_version % 10}: choose "
+            f"{FP8_INSTEAD[method]}"
         )
 
 
