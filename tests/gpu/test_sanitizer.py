@@ -19,7 +19,8 @@ from gpu_ops import SMALL, compress, on_gpu, run_step
 for dtype in ("bfloat16", "float16"):
     geometry = replace(TRUE_GEOMETRY, dtype=dtype)
     # One row in a cluster, a few rows, and a mixed batch with prefill, idle and padding rows.
-    for requests in ([(1029, 1)], [(599, 1)] * 9, [(383, 9), (0, 0), (1030, 1), (0, 70)]):
+    mixed = [(383, 9), (0, 0), (1030, 1), (0, 70), (447, 40)]
+    for requests in ([(1029, 1)], [(599, 1)] * 9, mixed):
         step = on_gpu(make_step(requests, geometry))
         compress(step, [0] * len(requests))
         for overlap in (0, 1):
