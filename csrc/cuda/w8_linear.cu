@@ -1,0 +1,11 @@
+#include "low_bit_linear.cuh"
+
+namespace minicpm41 {
+namespace cuda {
+
+LinearKernel w8_linear_kernel(int32_t dtype, int num_tokens, bool has_many_rows) {
+  return kernel_for<8>(dtype, num_tokens, has_many_rows);
+}
+
+}  // namespace cuda
+}  // namespace minicpm41
