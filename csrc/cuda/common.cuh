@@ -35,6 +35,7 @@ struct Device {
   int major = 0;
   int minor = 0;
   int shared_bytes = 0;  // a block may ask for
+  int multiprocessors = 0;
   bool has_clusters() const { return major >= 9; }
 };
 
@@ -58,6 +59,9 @@ inline Status current_device(const char* op, Device* device) {
   if (error == cudaSuccess) {
     error =
         cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, id);
   }
   if (error != cudaSuccess) {
     cudaGetLastError();  // not sticky: the next launch must not find it
@@ -342,9 +346,10 @@ __device__ __forceinline__ int cluster_rank() {
   return 0;
 #endif
 }
+// Says only that this block has come so far: its writes need not be visible, which takes long.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {
@@ -352,17 +357,5 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
-// The same variable in the shared memory of another block of the cluster.
-template <typename V>
-__device__ __forceinline__ V* in_block(V* pointer, int rank) {
-#if __CUDA_ARCH__ >= 900
-  uint64_t mapped;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(pointer), "r"(rank));
-  return reinterpret_cast<V*>(mapped);
-#else
-  return pointer;
-#endif
-}
-
 }  // namespace cuda
 }  // namespace minicpm41

@@ -5,7 +5,7 @@
 
 #include <cuda.h>
 
-#include "common.cuh"
+#include "barriers.cuh"
 
 namespace minicpm41 {
 namespace cuda {
@@ -53,42 +53,6 @@ inline Status encode_page_map(const char* op, const void* cache, int num_pages, 
 
 #ifdef MINICPM41_HAS_WGMMA
 
-// ---- barriers in shared memory (mbarrier): a phase ends when `count` threads have arrived and all
-// announced bytes have landed ----
-
-__device__ __forceinline__ void init_barrier(uint64_t* barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
-               : "memory");
-}
-// Makes fresh barriers known to the copy engine.
-__device__ __forceinline__ void publish_barriers() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-// Arrives and announces bytes that the copy engine will bring.
-__device__ __forceinline__ void arrive_expecting(uint64_t* barrier, int bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
-}
-// Returns when the phase of that parity has ended.
-__device__ __forceinline__ void wait_phase(uint64_t* barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\n"
-      "bra again;\n"
-      "finished:\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
 // A barrier of `threads` threads that other warps of the block do not take part in.
 __device__ __forceinline__ void sync_named(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

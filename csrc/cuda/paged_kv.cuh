@@ -40,10 +40,11 @@ __device__ __forceinline__ const T* slot_row(const T* cache, int page, int num_k
   return cache + ((int64_t{page} * num_kv_heads + kv_head) * kSlots + slot) * kHeadDim;
 }
 
-// Brings a block table into L1 before its entries are needed one by one.
-__device__ __forceinline__ void touch_table(const int32_t* pages, int count) {
+// Brings a block table into L1 before its entries are needed one by one; the work of `threads`.
+__device__ __forceinline__ void touch_table(const int32_t* pages, int count, int thread,
+                                            int threads) {
   constexpr int kLineEntries = 128 / sizeof(int32_t);
-  for (int entry = threadIdx.x * kLineEntries; entry < count; entry += blockDim.x * kLineEntries) {
+  for (int entry = thread * kLineEntries; entry < count; entry += threads * kLineEntries) {
     [[maybe_unused]] int32_t page;
     asm volatile("ld.global.ca.s32 %0, [%1];" : "=r"(page) : "l"(pages + entry));
   }

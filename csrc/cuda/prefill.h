@@ -17,6 +17,28 @@ constexpr bool kAttendHasPrefill = true;
 
 __host__ __device__ inline bool is_prefill(int query_len) { return query_len >= kPrefillTokens; }
 
+// The rows of a decode launch: the tokens of the step, or, of a step that is mostly prompts, the
+// first tokens of each request, as many as a request may have that is not a prefill.
+struct DecodeRows {
+  int count;
+  bool by_request;
+  DecodeRows(const Batch& batch, bool has_prefill) {
+    const int64_t slots = int64_t{batch.batch_size} * (kPrefillTokens - 1);
+    by_request = has_prefill && is_prefill(batch.max_query_len) && slots < batch.num_tokens;
+    count = by_request ? static_cast<int>(slots) : batch.num_tokens;
+  }
+};
+// The token of a row; -1: none that a decode kernel serves.
+__device__ __forceinline__ int token_of_row(const Batch& batch, int row, bool by_request) {
+  if (!by_request) return row;
+  const int request = row / (kPrefillTokens - 1);
+  const int offset = row % (kPrefillTokens - 1);
+  const int query_len = __ldg(batch.query_lens + request);
+  const int token = __ldg(batch.cu_seqlens_q + request) + offset;
+  const bool is_here = token >= 0 && token < batch.num_tokens;
+  return offset < query_len && !is_prefill(query_len) && is_here ? token : -1;
+}
+
 // The two halves of an op. `params` are valid and `device` is the current one; the prefill half is
 // launched when max_query_len allows for a prefill request.
 int64_t sparse_decode_workspace(const SparseAttentionParams& params, const Device& device);

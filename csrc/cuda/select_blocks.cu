@@ -8,33 +8,28 @@
 // A window is stored in the page of its last key. So flat slot u = 4 * page + slot holds window u -
 // 1, page b holds coarse window b - 1, and the five windows that overlap block b are the four slots
 // of its page and the first slot of the next.
+#include "barriers.cuh"
 #include "prefill.h"
 
 namespace minicpm41 {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kMaxWarps = 16;
 constexpr int kLeafRows = 16;
 constexpr int kLeafBytes = kLeafRows * kRowBytes;
 constexpr int kLeafBlocks = kLeafRows / kFineSlots;
 constexpr int kMaxCluster = 16;
-constexpr int kDigitBits = 8;
-constexpr int kDigits = 1 << kDigitBits;
-constexpr int kMaxPasses = 32 / kDigitBits;
-// Shallow rings leave room for two blocks a multiprocessor; before sm_90, where there are no
-// clusters to feed, holding to two would spill.
-#if __CUDA_ARCH__ >= 900
-constexpr int kShallowBlocks = 2;
-#else
-constexpr int kShallowBlocks = 1;
-#endif
+constexpr int kBins = 1024;
 constexpr int kStaticBytes = 6 * 1024;  // at most, of the fixed shared arrays
 
+// A float as an integer of the same order, and back.
 __device__ __forceinline__ uint32_t ordered(float score) {
-  const uint32_t bits = __float_as_uint(fmaxf(score, -3.4e38f) + 0.0f);
+  const uint32_t bits = __float_as_uint(score);
   return bits ^ ((bits >> 31) ? 0xffffffffu : 0x80000000u);
+}
+__device__ __forceinline__ float from_ordered(uint32_t key) {
+  return __uint_as_float(key ^ ((key >> 31) ? 0x80000000u : 0xffffffffu));
 }
 
 // Sizes of the dynamic shared memory, in the order it is laid out.
@@ -42,8 +37,8 @@ struct Layout {
   int ring_bytes;
   int max_leaves;  // of K2
   int max_blocks;
-  __host__ __device__ Layout(int stages, int blocks)
-      : ring_bytes(stages * kWarps * kLeafBytes),
+  __host__ __device__ Layout(int warps, int stages, int blocks)
+      : ring_bytes(stages * warps * kLeafBytes),
         max_leaves(blocks / kLeafRows + 1),
         max_blocks(blocks) {}
   __host__ __device__ int bytes() const {
@@ -52,19 +47,24 @@ struct Layout {
   }
 };
 
-// Scratch of write_top; `bins` must be 0 before.
+// Scratch of write_top; all of it must be 0 before.
 struct TopScratch {
-  int bins[kMaxPasses][kDigits];
-  uint32_t warp_least[kWarps];
-  uint32_t warp_largest[kWarps];
-  int warp_counts[kWarps];
+  int bins[kBins];  // scores from the largest down
+  int num_members;  // of the bin that the smallest chosen score is in
+  int bin, open;    // that bin, and how many of it are chosen
+  int warp_counts[kMaxWarps];
+  uint32_t warp_least[kMaxWarps];
+  uint32_t warp_largest[kMaxWarps];
 };
 
-// Writes the `count` largest of keys[0, n) as ids first_id + index, ascending, ties to the lower
-// id; 0 < count < n. `least` and `largest` bound the thread's own share of the keys.
-__device__ __forceinline__ void write_top(const uint32_t* keys, int n, int count, uint32_t least,
+// Writes the `count` largest of scores[0, n) as ids first_id + index, ascending, ties to the lower
+// id; 0 < count < n. `least` and `largest` bound the thread's own share of the scores. `members`
+// has room for n ids, `chosen` for n bits and 255 more.
+template <int kWarps>
+__device__ __forceinline__ void write_top(const float* scores, int n, int count, uint32_t least,
                                           uint32_t largest, int first_id, TopScratch& scratch,
-                                          int32_t* out) {
+                                          int32_t* members, uint32_t* chosen, int32_t* out) {
+  constexpr int kThreads = kWarps * kWarpSize;
   const int thread = threadIdx.x;
   const int warp = thread / kWarpSize;
   const int lane = thread % kWarpSize;
@@ -80,114 +80,113 @@ __device__ __forceinline__ void write_top(const uint32_t* keys, int n, int count
     least = min(least, scratch.warp_least[w]);
     largest = max(largest, scratch.warp_largest[w]);
   }
-
-  // The leading digits of the smallest chosen key, above the least one: those bits alone tell keys
-  // apart. `open` of the keys that begin with `prefix` are chosen, and all that are above it. Every
-  // warp reads the histogram for itself.
-  int bits = 32 - __clz(largest - least);  // not yet looked at
-  uint32_t prefix = 0;
-  int open = count;
-#pragma unroll 1
-  for (int pass = 0; bits > 0; ++pass) {
-    const int width = min(bits, kDigitBits);
-    const int shift = bits - width;
-    const uint32_t top_digit = (1u << width) - 1;
-    int* bins = scratch.bins[pass];  // descending digits
-#pragma unroll 1
-    for (int i = thread; i < n; i += kThreads) {
-      const uint64_t key = keys[i] - least;
-      if (static_cast<uint32_t>(key >> bits) == prefix) {
-        atomicAdd(&bins[top_digit - (static_cast<uint32_t>(key >> shift) & top_digit)], 1);
-      }
-    }
-    __syncthreads();
-    constexpr int kLaneBins = kDigits / kWarpSize;
-    int sizes[kLaneBins];
-#pragma unroll
-    for (int i = 0; i < kLaneBins; i += 4) {
-      const int4 four = *reinterpret_cast<const int4*>(bins + lane * kLaneBins + i);
-      sizes[i] = four.x;
-      sizes[i + 1] = four.y;
-      sizes[i + 2] = four.z;
-      sizes[i + 3] = four.w;
-    }
-    int sum = 0;
-#pragma unroll
-    for (int i = 0; i < kLaneBins; ++i) sum += sizes[i];
-    int before = sum;
-#pragma unroll
-    for (int offset = 1; offset < kWarpSize; offset *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, before, offset);
-      if (lane >= offset) before += other;
-    }
-    before -= sum;
-    const unsigned owners = __ballot_sync(kAllLanes, before < open && open <= before + sum);
-    int bin = lane * kLaneBins;
-    int size = 0;
-    bool is_found = false;
-#pragma unroll
-    for (int i = 0; i < kLaneBins; ++i) {
-      if (!is_found) {
-        size = sizes[i];
-        is_found = open <= before + size;
-        if (!is_found) {
-          before += size;
-          ++bin;
-        }
-      }
-    }
-    const int owner = __ffs(owners) - 1;
-    bin = __shfl_sync(kAllLanes, bin, owner);
-    size = __shfl_sync(kAllLanes, size, owner);
-    open -= __shfl_sync(kAllLanes, before, owner);
-    prefix = (prefix << width) | (top_digit - bin);
-    bits = shift;
-    if (size == open) break;
+  if (least == largest) {
+    for (int i = thread; i < count; i += kThreads) out[i] = first_id + i;
+    return;
   }
 
-  // Each thread owns a run of ids; one sum carries the counts above and at the threshold.
-  constexpr int kEqualShift = 16;
-  constexpr int kAboveMask = (1 << kEqualShift) - 1;
-  const int run = (n + kThreads - 1) / kThreads;
-  const int begin = min(thread * run, n);
-  const int end = min(begin + run, n);
-  int counts = 0;
-#pragma unroll 1
-  for (int i = begin; i < end; ++i) {
-    const uint32_t digits = (keys[i] - least) >> bits;
-    counts += (digits > prefix) + ((digits == prefix) << kEqualShift);
+  // Bins of equal width tell all scores apart but the few that share one with the smallest chosen.
+  const float base = from_ordered(least);
+  const float scale = kBins / (from_ordered(largest) - base);
+  const auto bin_of = [&](float score) {
+    return kBins - 1 - min(kBins - 1, static_cast<int>((score - base) * scale));
+  };
+#pragma unroll 4
+  for (int i = thread; i < n; i += kThreads) atomicAdd(&scratch.bins[bin_of(scores[i])], 1);
+  __syncthreads();
+
+  constexpr int kThreadBins = kBins / kThreads;
+  int sizes[kThreadBins];
+  int sum = 0;
+#pragma unroll
+  for (int i = 0; i < kThreadBins; ++i) {
+    sizes[i] = scratch.bins[thread * kThreadBins + i];
+    sum += sizes[i];
   }
-  int before = counts;
+  int before = sum;
 #pragma unroll
   for (int offset = 1; offset < kWarpSize; offset *= 2) {
     const int other = __shfl_up_sync(kAllLanes, before, offset);
     if (lane >= offset) before += other;
   }
   if (lane == kWarpSize - 1) scratch.warp_counts[warp] = before;
-  before -= counts;
   __syncthreads();
+  before -= sum;
 #pragma unroll
-  for (int w = 0; w < kWarps - 1; ++w) {
-    if (w < warp) before += scratch.warp_counts[w];
+  for (int w = 0; w < kWarps - 1; ++w) before += w < warp ? scratch.warp_counts[w] : 0;
+  if (before < count && count <= before + sum) {
+#pragma unroll
+    for (int i = 0; i < kThreadBins; ++i) {
+      if (before < count && count <= before + sizes[i]) {
+        scratch.bin = thread * kThreadBins + i;
+        scratch.open = count - before;
+      }
+      before += sizes[i];
+    }
   }
-  int equal_before = before >> kEqualShift;
-  int place = (before & kAboveMask) + min(equal_before, open);
+  __syncthreads();
+
+  const int bin = scratch.bin;
+#pragma unroll 2
+  for (int first = warp * kWarpSize; first < n; first += kThreads) {
+    const int i = first + lane;
+    const int mine = i < n ? bin_of(scores[i]) : kBins;
+    const uint32_t above = __ballot_sync(kAllLanes, mine < bin);
+    if (lane == 0) chosen[first / kWarpSize] = above;
+    if (mine == bin) members[atomicAdd(&scratch.num_members, 1)] = i;
+  }
+  __syncthreads();
+  const int num_members = scratch.num_members;
 #pragma unroll 1
-  for (int i = begin; i < end; ++i) {
-    const uint32_t digits = (keys[i] - least) >> bits;
-    const bool is_equal = digits == prefix;
-    if (digits > prefix || (is_equal && equal_before < open)) out[place++] = first_id + i;
-    equal_before += is_equal;
+  for (int k = thread; k < num_members; k += kThreads) {
+    const int id = members[k];
+    const float score = scores[id];
+    int rank = 0;
+#pragma unroll 1
+    for (int j = 0; j < num_members; ++j) {
+      const int other = members[j];
+      rank += scores[other] > score || (scores[other] == score && other < id);
+    }
+    if (rank < scratch.open) atomicOr(&chosen[id / kWarpSize], 1u << id % kWarpSize);
+  }
+  __syncthreads();
+
+  // Every warp counts all words of 32 ids and writes every eighth.
+  int begin = 0;
+#pragma unroll 1
+  for (int first = 0; first * kWarpSize < n; first += kWarpSize) {
+    const uint32_t word = (first + lane) * kWarpSize < n ? chosen[first + lane] : 0;
+    const int size = __popc(word);
+    int place = size;
+#pragma unroll
+    for (int offset = 1; offset < kWarpSize; offset *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, place, offset);
+      if (lane >= offset) place += other;
+    }
+    const int total = __shfl_sync(kAllLanes, place, kWarpSize - 1);
+    place += begin - size;
+#pragma unroll
+    for (int i = 0; i < kWarpSize / kWarps; ++i) {
+      const int source = i * kWarps + warp;
+      const uint32_t bits = __shfl_sync(kAllLanes, word, source);
+      const int at = __shfl_sync(kAllLanes, place, source);
+      if (bits >> lane & 1) {
+        out[at + __popc(bits & ((1u << lane) - 1))] =
+            first_id + (first + source) * kWarpSize + lane;
+      }
+    }
+    begin += total;
   }
 }
 
-template <typename T, int kStages>
-__global__ void __launch_bounds__(kThreads, kStages < 5 ? kShallowBlocks : 1)
-    select_blocks_kernel(const __grid_constant__ SelectBlocksParams params) {
+template <typename T, int kWarps, int kStages>
+__global__ void __launch_bounds__(kWarps* kWarpSize, 1)
+    select_blocks_kernel(const __grid_constant__ SelectBlocksParams params, const bool by_request) {
+  constexpr int kThreads = kWarps * kWarpSize;
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ float lse_log2[kGroupSize];
   __shared__ __align__(16) TopScratch top_scratch;
-  const Layout layout(kStages, params.batch.max_blocks);
+  const Layout layout(kWarps, kStages, params.batch.max_blocks);
   // [kGroupSize, max_leaves]: maximum and sum of each leaf of K2, complete in every block.
   float2* leaves = reinterpret_cast<float2*>(shared + layout.ring_bytes);
   // Complete in the cluster's first block: largest score of a block's own slots, and of its first.
@@ -198,14 +197,14 @@ __global__ void __launch_bounds__(kThreads, kStages < 5 ? kShallowBlocks : 1)
   const int clusters = cluster_size();
   const int rank = cluster_rank();
   const int cluster_log2 = __ffs(clusters) - 1;  // clusters are powers of two
-  const int token = blockIdx.x >> cluster_log2;
+  const int token = token_of_row(params.batch, blockIdx.x >> cluster_log2, by_request);
   const int kv_head = blockIdx.y;
   const int thread = threadIdx.x;
   const int warp = thread / kWarpSize;
   const int lane = thread % kWarpSize;
 
   QueryRow row;
-  if (!load_query_row(params.batch, token, &row) ||
+  if (token < 0 || !load_query_row(params.batch, token, &row) ||
       (kSelectHasPrefill && is_prefill(row.query_len))) {
     wait_for_previous_launch();
     return;
@@ -221,7 +220,6 @@ __global__ void __launch_bounds__(kThreads, kStages < 5 ? kShallowBlocks : 1)
     wait_for_previous_launch();
     return;
   }
-  if (clusters > 1) cluster_arrive();
 
   // Candidates are blocks [first_candidate, first_local); the first local block only lends its
   // first slot to the candidate before it.
@@ -236,6 +234,22 @@ __global__ void __launch_bounds__(kThreads, kStages < 5 ? kShallowBlocks : 1)
   const int num_fine_leaves = first_local / kLeafBlocks + 1 - fine_base;
   const int fine_begin = fine_base + (rank * num_fine_leaves >> cluster_log2);
   const int fine_end = fine_base + ((rank + 1) * num_fine_leaves >> cluster_log2);
+
+  // Every block of a cluster is sent all of K2, the first one all scores.
+  __shared__ uint64_t has_coarse;
+  __shared__ uint64_t has_scores;
+  if (clusters > 1) {
+    if (thread == 0) {
+      init_barrier(&has_coarse, 1);
+      init_barrier(&has_scores, 1);
+      publish_barriers();
+      const int num_scored = first_local + 1 - fine_base * kLeafBlocks;
+      arrive_expecting(&has_coarse,
+                       num_coarse_leaves * kGroupSize * static_cast<int>(sizeof(float2)));
+      arrive_expecting(&has_scores, num_scored * 2 * static_cast<int>(sizeof(float)));
+    }
+    cluster_arrive();
+  }
 
   // Windows that this very step completes come from the previous launch: of a single token the last
   // coarse one alone counts here, if any, for its last fine one overlaps only local blocks.
@@ -291,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, kStages < 5 ? kShallowBlocks : 1)
   };
 
   // Pages are looked up well before the copies that need them.
-  constexpr int kLookups = kStages < 5 ? 2 : 4;
+  constexpr int kLookups = kWarps == kMaxWarps ? 1 : kStages < 5 ? 2 : 4;
   int pages[kLookups];
 #pragma unroll
   for (int i = 0; i < kLookups; ++i) pages[i] = load_pages(i);
@@ -305,8 +319,6 @@ __global__ void __launch_bounds__(kThreads, kStages < 5 ? kShallowBlocks : 1)
   const T* q_heads =
       static_cast<const T*>(params.q) + token * params.q_stride + kv_head * kGroupSize * kHeadDim;
   uint32_t q[kKSteps][4];
-  float* all_own_slots = clusters > 1 ? in_block(own_slots, 0) : own_slots;
-  float* all_first_slot = clusters > 1 ? in_block(first_slot, 0) : first_slot;
   const float scale_log2 = params.softmax_scale * kLog2e;
   const uint32_t matrix_row = lane / 16 * 8 + lane % 8;
   float lse[2][2];
@@ -321,8 +333,9 @@ __global__ void __launch_bounds__(kThreads, kStages < 5 ? kShallowBlocks : 1)
       if (item == -1) {
         load_q<T>(q, q_heads, lane);
 #pragma unroll 1
-        for (int i = thread; i < kMaxPasses * kDigits; i += kThreads) {
-          (&top_scratch.bins[0][0])[i] = 0;
+        for (int i = thread; i < static_cast<int>(sizeof(TopScratch) / sizeof(int));
+             i += kThreads) {
+          reinterpret_cast<int*>(&top_scratch)[i] = 0;
         }
         if (clusters > 1) cluster_wait();  // every block of the cluster runs: it may be written to
       }
@@ -389,14 +402,26 @@ __global__ void __launch_bounds__(kThreads, kStages < 5 ? kShallowBlocks : 1)
           sum[i / 2][i % 2] += __shfl_xor_sync(kAllLanes, sum[i / 2][i % 2], offset);
         }
       }
-      // Lanes with the same heads share the blocks to write to.
-      for (int target = lane / 4; target < clusters; target += kWarpSize / 4) {
-        float2* remote = clusters > 1 ? in_block(leaves, target) : leaves;
+      float2* part = leaves + lane % 4 * 2 * layout.max_leaves + leaf;
+      if (clusters > 1) {
+        // Lanes with the same heads share the blocks to send to.
+#pragma unroll 1
+        for (int target = lane / 4; target < clusters; target += kWarpSize / 4) {
+          uint32_t remote = address_in_block(part, target);
+          const uint32_t barrier = address_in_block(&has_coarse, target);
+          const uint32_t next_head = layout.max_leaves * static_cast<uint32_t>(sizeof(float2));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int head = i / 2 * 8 + lane % 4 * 2 + i % 2;
-          remote[head * layout.max_leaves + leaf] =
-              make_float2(peak[i / 2][i % 2], sum[i / 2][i % 2]);
+          for (int n = 0; n < 2; ++n) {
+            send(remote, barrier, peak[n][0], sum[n][0]);
+            send(remote + next_head, barrier, peak[n][1], sum[n][1]);
+            remote += 8 * next_head;
+          }
+        }
+      } else if (lane < 4) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          part[8 * n * layout.max_leaves] = make_float2(peak[n][0], sum[n][0]);
+          part[(8 * n + 1) * layout.max_leaves] = make_float2(peak[n][1], sum[n][1]);
         }
       }
       continue;
@@ -405,8 +430,7 @@ __global__ void __launch_bounds__(kThreads, kStages < 5 ? kShallowBlocks : 1)
     if (item == my_coarse) {
       // All of K2 is done once every block has come here.
       if (clusters > 1) {
-        cluster_arrive();
-        cluster_wait();
+        wait_phase(&has_coarse, 0);
       } else {
         __syncthreads();
       }
@@ -446,11 +470,10 @@ __global__ void __launch_bounds__(kThreads, kStages < 5 ? kShallowBlocks : 1)
       }
       // Without a coarse window there are at most two blocks, and any constant ranks them alike.
       static_assert(kFineSlots == 4 && kCoarseSlots == 1, "see page_shift");
-      static_assert(kHeadsPerWarp == 2, "two lanes write the normalisers of a warp");
-      if (lane < kHeadsPerWarp) {
-        const float mine =
-            (lane == 0 ? peak[0] : peak[1]) + log2_approx(lane == 0 ? sum[0] : sum[1]);
-        lse_log2[warp * kHeadsPerWarp + lane] = num_coarse > 0 ? mine : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kHeadsPerWarp; ++i) {
+        const float mine = peak[i] + log2_approx(sum[i]);
+        if (lane == i) lse_log2[warp * kHeadsPerWarp + i] = num_coarse > 0 ? mine : 0.0f;
       }
       __syncthreads();
 #pragma unroll
@@ -509,30 +532,37 @@ __global__ void __launch_bounds__(kThreads, kStages < 5 ? kShallowBlocks : 1)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int block = leaf * kLeafBlocks + lane / 16 + 2 * r;
-        if (block <= first_local) {
-          all_own_slots[block] = best[r];
-          all_first_slot[block] = window[r];
+        if (block > first_local) continue;
+        if (clusters > 1) {
+          const uint32_t barrier = address_in_block(&has_scores, 0);
+          send(address_in_block(own_slots + block, 0), barrier, best[r]);
+          send(address_in_block(first_slot + block, 0), barrier, window[r]);
+        } else {
+          own_slots[block] = best[r];
+          first_slot[block] = window[r];
         }
       }
     }
   }
 
-  if (clusters > 1) {
-    cluster_arrive();
-    if (rank == 0) cluster_wait();
-  } else {
+  if (clusters > 1 && rank == 0) {
+    wait_phase(&has_scores, 0);
+    __syncthreads();  // all warps have read the leaves for the last time
+  } else if (clusters == 1) {
     __syncthreads();
   }
   if (rank == 0) {
     const int num_candidates = first_local - first_candidate;
-    uint32_t* keys = reinterpret_cast<uint32_t*>(leaves);  // read for the last time above
+    float* scores = reinterpret_cast<float*>(leaves);
     uint32_t least = 0xffffffffu;
     uint32_t largest = 0;
-#pragma unroll 1
+#pragma unroll 4
     for (int i = thread; i < num_candidates; i += kThreads) {
       const int block = first_candidate + i;
-      const uint32_t key = ordered(fmaxf(own_slots[block], first_slot[block + 1]));
-      keys[i] = key;
+      // Of NaN nothing is chosen first, and the bins hold no infinity.
+      const float score = fmaxf(fmaxf(own_slots[block], first_slot[block + 1]), -3.4e38f) + 0.0f;
+      scores[i] = score;
+      const uint32_t key = ordered(score);
       least = min(least, key);
       largest = max(largest, key);
     }
@@ -544,20 +574,22 @@ __global__ void __launch_bounds__(kThreads, kStages < 5 ? kShallowBlocks : 1)
       list[budget - params.local_blocks + i] = first_local + i;
     }
     if (wanted > 0) {
-      write_top(keys, num_candidates, wanted, least, largest, first_candidate, top_scratch,
-                list + first_candidate);
+      write_top<kWarps>(scores, num_candidates, wanted, least, largest, first_candidate,
+                        top_scratch, reinterpret_cast<int32_t*>(scores + layout.max_blocks),
+                        reinterpret_cast<uint32_t*>(own_slots), list + first_candidate);
     }
   }
   wait_for_previous_launch();
 }
 
-using Kernel = void (*)(SelectBlocksParams);
+using Kernel = void (*)(SelectBlocksParams, bool);
 
 template <typename T>
-Kernel kernel_with(int stages) {
-  if (stages == 5) return select_blocks_kernel<T, 5>;
-  if (stages == 3) return select_blocks_kernel<T, 3>;
-  return select_blocks_kernel<T, 2>;
+Kernel kernel_with(int warps, int stages) {
+  if (warps == kMaxWarps) return select_blocks_kernel<T, kMaxWarps, 2>;
+  if (stages == 5) return select_blocks_kernel<T, 8, 5>;
+  if (stages == 3) return select_blocks_kernel<T, 8, 3>;
+  return select_blocks_kernel<T, 8, 2>;
 }
 
 }  // namespace
@@ -565,39 +597,52 @@ Kernel kernel_with(int stages) {
 Status select_blocks_decode(const SelectBlocksParams& params, const Device& device, void* stream) {
   const char* op = "select_blocks";
 
-  // As many blocks a row as run side by side, with the deepest rings that allows.
   const int max_blocks = params.batch.max_blocks;
-  const int64_t rows = int64_t{params.batch.num_tokens} * params.heads.num_kv_heads;
+  const DecodeRows row_grid(params.batch, kSelectHasPrefill);
+  const int64_t rows = int64_t{row_grid.count} * params.heads.num_kv_heads;
   const bool is_half = params.heads.dtype == kFloat16;
   LaunchShape shape;
-  shape.threads = kThreads;
   shape.overlap = params.overlap != 0 && device.has_clusters();
-  Kernel kernel = nullptr;
-  int fits = 0;
-  const bool may_share = device.has_clusters() && max_blocks > params.budget;
-  for (shape.cluster = may_share ? kMaxCluster : 1;; shape.cluster /= 2) {
-    for (const int stages : {5, 3, 2}) {
-      const int bytes = Layout(stages, max_blocks).bytes();
-      if (bytes + kStaticBytes > device.shared_bytes) continue;
-      // Of more rows than fit side by side, two share a multiprocessor: deep rings forbid that.
-      if (shape.cluster == 1 && kernel != nullptr && stages == 2) break;
-      shape.shared_bytes = bytes;
-      kernel = is_half ? kernel_with<__half>(stages) : kernel_with<__nv_bfloat16>(stages);
-      const cudaError_t error = count_clusters(kernel, kThreads, bytes, shape.cluster, &fits);
-      if (error != cudaSuccess) return launch_status(op, error);
-      if (fits >= rows) break;
+  int warps = 8;
+  int stages = 0;
+  const auto bytes = [&] { return Layout(warps, stages, max_blocks).bytes() + kStaticBytes; };
+  if (device.has_clusters() && max_blocks > params.budget) {
+    // Half of the multiprocessors: sparse_attention begins beside it. Where that is less than 16
+    // blocks a row, blocks are twice as large.
+    while (shape.cluster < kMaxCluster && 2 * shape.cluster * rows <= device.multiprocessors / 2) {
+      shape.cluster *= 2;
     }
-    if (fits >= rows || shape.cluster == 1) break;
-    kernel = nullptr;
+    if (shape.cluster < kMaxCluster) warps = kMaxWarps;
+  }
+  if (warps == kMaxWarps) {
+    stages = 2;
+    if (bytes() > device.shared_bytes) warps = 8;
+  }
+  if (warps == 8) {
+    stages = 5;
+    if (bytes() > device.shared_bytes) stages = 3;
+    if (bytes() > device.shared_bytes) stages = 2;
   }
   Check check(op);
-  check.require(
-      kernel != nullptr, "max_blocks", std::to_string(max_blocks),
-      "fewer: their scores need " + std::to_string(Layout(2, max_blocks).bytes() + kStaticBytes) +
-          " bytes of shared memory and this GPU has " + std::to_string(device.shared_bytes));
+  check.require(bytes() <= device.shared_bytes, "max_blocks", std::to_string(max_blocks),
+                "fewer: their scores need " + std::to_string(bytes()) +
+                    " bytes of shared memory and this GPU has " +
+                    std::to_string(device.shared_bytes));
   if (!check.ok()) return check.status();
-  shape.grid = dim3(params.batch.num_tokens * shape.cluster, params.heads.num_kv_heads);
-  return launch_status(op, launch(kernel, shape, stream, params));
+  const Kernel kernel =
+      is_half ? kernel_with<__half>(warps, stages) : kernel_with<__nv_bfloat16>(warps, stages);
+  shape.threads = warps * kWarpSize;
+  shape.shared_bytes = bytes() - kStaticBytes;
+  // A device whose multiprocessors come in smaller groups holds smaller clusters only.
+  for (;; shape.cluster /= 2) {
+    int fits = 0;
+    const cudaError_t error =
+        count_clusters(kernel, shape.threads, shape.shared_bytes, shape.cluster, &fits);
+    if (error != cudaSuccess) return launch_status(op, error);
+    if (fits >= rows || shape.cluster == 1) break;
+  }
+  shape.grid = dim3(row_grid.count * shape.cluster, params.heads.num_kv_heads);
+  return launch_status(op, launch(kernel, shape, stream, params, row_grid.by_request));
 }
 
 }  // namespace cuda

@@ -1,4 +1,5 @@
-// Attention of each row over its listed blocks, or over all of them below dense_len.
+// Attention of each row over its listed blocks, or over all of them below dense_len: the kernel for
+// GPUs without a faster one (sparse_decode_sm90.cu).
 //
 // The list of a (token, kv head) is cut into 16 lanes by its length alone; a lane is worked through
 // in chunks of up to 6 blocks, and chunks, lanes and groups of four lanes are merged in a fixed
@@ -8,7 +9,7 @@
 // A chunk goes through a ring of 16 KiB tiles, first its K pages, then its V pages. Each of 8 warps
 // scores 8 keys of every page, the warps agree on one maximum for the chunk, write the weights to
 // shared memory, and each multiplies them with 16 dimensions of V.
-#include "prefill.h"
+#include "decode_attention.cuh"
 
 namespace minicpm41 {
 namespace cuda {
@@ -28,53 +29,6 @@ constexpr int kQStride = kRowBytes + kChunkBytes;
 constexpr int kWeightBytes = kGroupSize * kWeightStride * 2;
 constexpr int kPartFloats = kGroupSize * kHeadDim + 2 * kGroupSize;  // output, maxima and sums
 static_assert(kWarpKeys == 8 && kWarpDims == 16, "one n-tile of keys, two of dimensions a warp");
-
-// Partial result of two heads (lane / 4 and + 8) and four dimensions of each: 8 n + 2 (lane % 4).
-struct Partial {
-  float peak[2];  // of softmax_scale * log2(e) * q.k
-  float sum[2];
-  float out[2][4];
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      peak[r] = -INFINITY;
-      sum[r] = 0.0f;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out[r][i] = 0.0f;
-    }
-  }
-};
-
-// The one way two partial results become one; explicit roundings, so that it gives the same bits
-// wherever it is inlined. Merging into an empty one copies.
-struct Weights {
-  float peak, mine, other;
-};
-__device__ __forceinline__ Weights merge_weights(float peak, float other_peak) {
-  const float larger = fmaxf(peak, other_peak);
-  const float base = larger == -INFINITY ? 0.0f : larger;
-  return {larger, exp2_approx(__fsub_rn(peak, base)), exp2_approx(__fsub_rn(other_peak, base))};
-}
-__device__ __forceinline__ float merged(const Weights& w, float mine, float other) {
-  return __fmaf_rn(mine, w.mine, __fmul_rn(other, w.other));
-}
-__device__ __forceinline__ void merge(Partial& into, const Partial& from) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const Weights w = merge_weights(into.peak[r], from.peak[r]);
-    into.peak[r] = w.peak;
-    into.sum[r] = merged(w, into.sum[r], from.sum[r]);
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      into.out[n][2 * r] = merged(w, into.out[n][2 * r], from.out[n][2 * r]);
-      into.out[n][2 * r + 1] = merged(w, into.out[n][2 * r + 1], from.out[n][2 * r + 1]);
-    }
-  }
-}
-__device__ __forceinline__ float inverse(float sum) { return sum > 0.0f ? __frcp_rn(sum) : 0.0f; }
-__device__ __forceinline__ float natural_lse(float peak, float sum) {
-  return sum > 0.0f ? (peak + log2f(sum)) * kLn2 : -INFINITY;
-}
 
 // A thread's partial result in shared memory, for the one that is seldom needed: registers are
 // short.
@@ -137,11 +91,6 @@ struct TileCursor {
   }
 };
 
-template <typename T>
-__device__ __forceinline__ void store_pair(T* target, float x, float y) {
-  *reinterpret_cast<uint32_t*>(target) = Pair<T>::pack(x, y);
-}
-
 // One output value from the partial results of all lanes (kParts = 16) or groups (kParts = 4).
 // parts[i * stride] is the value, peaks[i * head_stride] and sums[i * head_stride] are its head's.
 template <int kParts, typename T>
@@ -181,32 +130,13 @@ __device__ __forceinline__ void combine(const SparseAttentionParams& params, int
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void write_padding(const SparseAttentionParams& params, int token,
-                                              int kv_head) {
-  for (int i = threadIdx.x; i < kGroupSize * kHeadDim / 2; i += blockDim.x) {
-    store_pair(static_cast<T*>(params.out) + token * params.out_stride +
-                   kv_head * kGroupSize * kHeadDim + 2 * i,
-               0.0f, 0.0f);
-  }
-  if (params.lse != nullptr && threadIdx.x < kGroupSize) {
-    params.lse[int64_t{token} * params.heads.num_q_heads + kv_head * kGroupSize + threadIdx.x] =
-        -INFINITY;
-  }
-}
-
-// Either the groups that a block working alone has merged so far, or, for the heads that a block of
-// a cluster merges, the parts of all its blocks.
-constexpr int kReceivedBytes = kPartFloats * sizeof(float);
-constexpr int kMergeBytes = kSavedBytes > kReceivedBytes ? kSavedBytes : kReceivedBytes;
-
 int shared_bytes(int stages, int budget) {
-  return stages * kTileBytes + kWeightBytes + kMergeBytes +
+  return stages * kTileBytes + kWeightBytes + kSavedBytes +
          2 * budget * static_cast<int>(sizeof(int32_t));
 }
 
 template <typename T, int kStages>
-__global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, 2)
     sparse_decode_kernel(const __grid_constant__ SparseAttentionParams params, const int splits) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ __align__(128) unsigned char q_tile[kGroupSize * kQStride];
@@ -216,11 +146,9 @@ __global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
   T* weights = reinterpret_cast<T*>(shared + kStages * kTileBytes);
   float* merging = reinterpret_cast<float*>(shared + kStages * kTileBytes + kWeightBytes);
   int32_t* ids =
-      reinterpret_cast<int32_t*>(shared + kStages * kTileBytes + kWeightBytes + kMergeBytes);
+      reinterpret_cast<int32_t*>(shared + kStages * kTileBytes + kWeightBytes + kSavedBytes);
   int32_t* id_pages = ids + params.budget;
 
-  // Few rows leave room for the compress_keys of the next step, which waits for this one's end.
-  if (splits == kLanes) allow_next_launch();
   const int splits_log2 = __ffs(splits) - 1;  // 1, 4 or 16
   const int rank = blockIdx.x & (splits - 1);
   const int token = blockIdx.x >> splits_log2;
@@ -241,10 +169,8 @@ __global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
     wait_for_previous_launch();
     return;
   }
-  const int clusters = cluster_size();
-  if (clusters > 1) cluster_arrive();
   const int own = row.position / kBlockSize;
-  touch_table(row.pages, own + 1);
+  touch_table(row.pages, own + 1, thread, kThreads);
   // The heads of the group in shared memory: in registers they would leave no room for the
   // partials.
   static_assert(kGroupSize * kRowChunks == kThreads, "a thread copies one chunk of q");
@@ -310,16 +236,6 @@ __global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) load_tile();
 
-  // With registers to spare the queries stay there.
-  uint32_t q[kStages > 5 ? kKSteps : 1][4];
-  if constexpr (kStages > 5) {
-    __syncthreads();
-#pragma unroll
-    for (int step = 0; step < kKSteps; ++step) {
-      ldmatrix_x4(q[step], q_address + step * 2 * kChunkBytes);
-    }
-  }
-
   const float scale_log2 = params.softmax_scale * kLog2e;
   Partial lane_part, group;
   group.clear();
@@ -357,26 +273,16 @@ __global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
           scores[kChunkBlocks - 1][c] = 0.0f;
         }
         float (&newest)[4] = scores[kChunkBlocks - 1];
-        uint32_t keys[kKSteps / 2][4];
-        // With registers to spare, all loads go first.
-        constexpr int kAhead = kStages > 5 ? kKSteps / 2 : 1;
 #pragma unroll
-        for (int two = 0; two < kKSteps / 2; two += kAhead) {
-#pragma unroll
-          for (int k = two; k < two + kAhead; ++k) {
-            ldmatrix_x4(keys[k], stage +
-                                     (k % 2 == 0 ? key_offset : key_offset ^ (4 * kChunkBytes)) +
-                                     k / 2 * 8 * kChunkBytes);
-          }
-#pragma unroll
-          for (int k = two; k < two + kAhead; ++k) {
-            if constexpr (kStages <= 5) ldmatrix_x4(q[0], q_address + 2 * k * 2 * kChunkBytes);
-            mma_16x8x16<T>(newest, q[kStages > 5 ? 2 * k : 0], keys[k][0], keys[k][1]);
-            if constexpr (kStages <= 5) {
-              ldmatrix_x4(q[0], q_address + (2 * k + 1) * 2 * kChunkBytes);
-            }
-            mma_16x8x16<T>(odd, q[kStages > 5 ? 2 * k + 1 : 0], keys[k][2], keys[k][3]);
-          }
+        for (int k = 0; k < kKSteps / 2; ++k) {
+          uint32_t keys[4];
+          uint32_t q[4];
+          ldmatrix_x4(keys, stage + (k % 2 == 0 ? key_offset : key_offset ^ (4 * kChunkBytes)) +
+                                k / 2 * 8 * kChunkBytes);
+          ldmatrix_x4(q, q_address + 2 * k * 2 * kChunkBytes);
+          mma_16x8x16<T>(newest, q, keys[0], keys[1]);
+          ldmatrix_x4(q, q_address + (2 * k + 1) * 2 * kChunkBytes);
+          mma_16x8x16<T>(odd, q, keys[2], keys[3]);
         }
         const int id = is_dense ? begin + i : ids[begin + i];
 #pragma unroll
@@ -425,42 +331,24 @@ __global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
 #pragma unroll
         for (int c = 0; c < 4; ++c) chunk.out[n][c] = 0.0f;
       }
-      // Once every tile of the block is on its way, one wait does for all that are left.
-      const bool is_last = kStages > 5 && loading.done();
-      if (is_last) {
-        wait_copies<0>();
-        __syncthreads();
-      }
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
-        if (!is_last) {
-          wait_copies<kStages - 2>();
-          __syncthreads();  // all rows of this V page have landed, the page before is read
-          load_tile();
-        }
+        wait_copies<kStages - 2>();
+        __syncthreads();  // all rows of this V page have landed, the page before is read
+        load_tile();
         const uint32_t stage = ring_address + read_stage * kTileBytes;
         read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
-        constexpr int kSteps = kBlockSize / 16;
-        constexpr int kAhead = kStages > 5 ? kSteps : 1;
-        uint32_t w[kSteps][4];
-        uint32_t values[kSteps][4];
 #pragma unroll
-        for (int first = 0; first < kSteps; first += kAhead) {
+        for (int step = 0; step < kBlockSize / 16; ++step) {
+          uint32_t w[4];
+          uint32_t values[4];
+          ldmatrix_x4(w, weights_address + ((lane % 16) * kWeightStride + i * kBlockSize +
+                                            step * 16 + lane / 16 * 8) *
+                                               2);
+          ldmatrix_x4_trans(values, stage + swizzled(step * 16 + lane % 16, warp * 2 + lane / 16));
 #pragma unroll
-          for (int step = first; step < first + kAhead; ++step) {
-            ldmatrix_x4(w[step], weights_address + ((lane % 16) * kWeightStride + i * kBlockSize +
-                                                    step * 16 + lane / 16 * 8) *
-                                                       2);
-            ldmatrix_x4_trans(values[step],
-                              stage + swizzled(step * 16 + lane % 16, warp * 2 + lane / 16));
-          }
-#pragma unroll
-          for (int step = first; step < first + kAhead; ++step) {
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-              mma_16x8x16<T>(step % 2 ? odd[n] : chunk.out[n], w[step], values[step][2 * n],
-                             values[step][2 * n + 1]);
-            }
+          for (int n = 0; n < 2; ++n) {
+            mma_16x8x16<T>(step % 2 ? odd[n] : chunk.out[n], w, values[2 * n], values[2 * n + 1]);
           }
         }
       }
@@ -511,54 +399,30 @@ __global__ void __launch_bounds__(kThreads, kStages <= 5 ? 2 : 1)
     return;
   }
 
-  // A lane if 16 blocks share the list, a group of lanes if 4 do. Within a cluster each block
-  // merges the heads it is sent; else the whole part goes to the workspace, for combine_kernel.
-  const int row_index = token * kv_heads + kv_head;
-  const int heads_each = clusters > 1 ? kGroupSize / splits : kGroupSize;
-  float* parts = clusters > 1 ? merging
-                              : static_cast<float*>(params.workspace) +
-                                    int64_t{row_index} * splits * kPartFloats;
-  // [splits, heads_each, kHeadDim], then the maxima and the sums, [splits, heads_each] each.
-  if (clusters > 1) cluster_wait();  // every block of the cluster runs: its memory may be written
+  // A lane if 16 blocks share the list, a group of lanes if 4 do.
+  float* parts = static_cast<float*>(params.workspace) +
+                 int64_t{token * kv_heads + kv_head} * splits * kPartFloats;
+  // [splits, kGroupSize, kHeadDim], then the maxima and the sums, [splits, kGroupSize] each.
+  float* peaks = parts + splits * kGroupSize * kHeadDim;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int mine = head + 8 * r;
-    float* target = clusters > 1 ? in_block(parts, mine / heads_each) : parts;
-    const int slot = rank * heads_each + mine % heads_each;
+    const int slot = rank * kGroupSize + head + 8 * r;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const float x = splits == kLanes ? lane_part.out[n][2 * r] : group.out[n][2 * r];
       const float y = splits == kLanes ? lane_part.out[n][2 * r + 1] : group.out[n][2 * r + 1];
-      *reinterpret_cast<float2*>(target + slot * kHeadDim + warp * kWarpDims + n * 8 + column) =
+      *reinterpret_cast<float2*>(parts + slot * kHeadDim + warp * kWarpDims + n * 8 + column) =
           make_float2(x, y);
     }
     if (warp == 0 && lane % 4 == 0) {
-      float* peaks = target + splits * heads_each * kHeadDim;
       peaks[slot] = splits == kLanes ? lane_part.peak[r] : group.peak[r];
-      peaks[splits * heads_each + slot] = splits == kLanes ? lane_part.sum[r] : group.sum[r];
-    }
-  }
-  if (clusters > 1) {
-    cluster_arrive();
-    cluster_wait();
-    const float* peaks = parts + splits * heads_each * kHeadDim;
-    const float* sums = peaks + splits * heads_each;
-    for (int i = thread; i < heads_each * kHeadDim; i += kThreads) {
-      const int local = i / kHeadDim;
-      const int q_head = kv_head * kGroupSize + rank * heads_each + local;
-      if (splits == kLanes) {
-        combine<kLanes, T>(params, token, q_head, i % kHeadDim, parts + i, peaks + local,
-                           sums + local, heads_each * kHeadDim, heads_each);
-      } else {
-        combine<kGroupLanes, T>(params, token, q_head, i % kHeadDim, parts + i, peaks + local,
-                                sums + local, heads_each * kHeadDim, heads_each);
-      }
+      peaks[splits * kGroupSize + slot] = splits == kLanes ? lane_part.sum[r] : group.sum[r];
     }
   }
   wait_for_previous_launch();
 }
 
-// Without clusters: merges the partial results that sparse_decode_kernel left in the workspace.
+// Merges the partial results that sparse_decode_kernel left in the workspace.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const __grid_constant__ SparseAttentionParams params, const int splits) {
@@ -589,7 +453,6 @@ using DecodeKernel = void (*)(SparseAttentionParams, int);
 
 template <typename T>
 DecodeKernel kernel_with(int stages) {
-  if (stages == 12) return sparse_decode_kernel<T, 12>;
   if (stages == 5) return sparse_decode_kernel<T, 5>;
   return sparse_decode_kernel<T, 3>;
 }
@@ -606,8 +469,8 @@ bool has_long_rows(const SparseAttentionParams& params) {
   return dense_blocks > 2 * params.budget;
 }
 
-// Thread blocks that share a list on a device without clusters. Shapes alone decide.
-int splits_without_clusters(const SparseAttentionParams& params) {
+// Thread blocks that share a list. Shapes alone decide.
+int splits_of(const SparseAttentionParams& params) {
   constexpr int kBlocksWanted = 216;  // two for each multiprocessor of an A100
   if (has_long_rows(params) && rows_of(params) <= kBlocksWanted) return kLanes;
   int splits = kLanes;
@@ -618,64 +481,39 @@ int splits_without_clusters(const SparseAttentionParams& params) {
 }  // namespace
 
 int64_t sparse_decode_workspace(const SparseAttentionParams& params, const Device& device) {
-  if (device.has_clusters()) return 0;
-  const int splits = splits_without_clusters(params);
+  if (has_sparse_decode_sm90(device)) return 0;
+  const int splits = splits_of(params);
   return splits == 1 ? 0 : rows_of(params) * splits * kPartFloats * int64_t{sizeof(float)};
 }
 
 Status sparse_decode(const SparseAttentionParams& params, const Device& device, void* stream) {
+  if (has_sparse_decode_sm90(device)) return sparse_decode_sm90(params, device, stream);
   const char* op = "sparse_attention";
   constexpr int kStaticBytes = 6 * 1024;
   const bool is_half = params.heads.dtype == kFloat16;
+  const int splits = splits_of(params);
   LaunchShape shape;
   shape.threads = kThreads;
   shape.overlap = params.overlap != 0 && device.has_clusters();
-  DecodeKernel kernel = nullptr;
-  // Readies the kernel with rings of so many stages; false if they do not fit.
-  const auto choose = [&](int stages) {
-    shape.shared_bytes = shared_bytes(stages, params.budget);
-    if (shape.shared_bytes + kStaticBytes > device.shared_bytes) return false;
-    kernel = is_half ? kernel_with<__half>(stages) : kernel_with<__nv_bfloat16>(stages);
-    return true;
-  };
-  const auto too_long = [&] {
-    return Check(op)
-        .require(false, "budget", std::to_string(params.budget),
-                 "less: a list that long does not fit into the shared memory of this GPU")
-        .status();
-  };
+  int stages = 5;
+  if (shared_bytes(stages, params.budget) + kStaticBytes > device.shared_bytes) stages = 3;
+  shape.shared_bytes = shared_bytes(stages, params.budget);
+  Check check(op);
+  check.require(shape.shared_bytes + kStaticBytes <= device.shared_bytes, "budget",
+                std::to_string(params.budget),
+                "less: a list that long does not fit into the shared memory of this GPU");
+  if (!check.ok()) return check.status();
+  const DecodeKernel kernel =
+      is_half ? kernel_with<__half>(stages) : kernel_with<__nv_bfloat16>(stages);
   int fits = 0;
-  int splits = 1;
-  if (device.has_clusters()) {
-    // The most blocks a list that run side by side, with the deepest rings that allows. A device
-    // that holds smaller clusters only takes fewer; the bits of a row do not depend on it.
-    const int stages[] = {12, 5};
-    const bool is_long = has_long_rows(params);
-    bool is_chosen = false;
-    for (splits = kLanes; !is_chosen; splits /= kGroupLanes) {
-      for (const int deep : stages) {
-        if (!choose(deep)) continue;
-        const cudaError_t error =
-            count_clusters(kernel, kThreads, shape.shared_bytes, splits, &fits);
-        if (error != cudaSuccess) return launch_status(op, error);
-        is_chosen = fits >= rows_of(params) || (is_long && deep == 5 && fits > 0);
-        if (is_chosen) break;
-      }
-      if (is_chosen || splits == 1) break;
-    }
-    if (kernel == nullptr) return too_long();
-    shape.cluster = splits;
-  } else {
-    splits = splits_without_clusters(params);
-    if (!choose(5) && !choose(3)) return too_long();
-    const cudaError_t error = count_clusters(kernel, kThreads, shape.shared_bytes, 1, &fits);
-    if (error != cudaSuccess) return launch_status(op, error);
-  }
+  cudaError_t error = count_clusters(kernel, kThreads, shape.shared_bytes, 1, &fits);
+  if (error != cudaSuccess) return launch_status(op, error);
   shape.grid = dim3(params.batch.num_tokens * splits, params.heads.num_kv_heads);
-  cudaError_t error = launch(kernel, shape, stream, params, splits);
-  if (error == cudaSuccess && splits > 1 && !device.has_clusters()) {
+  error = launch(kernel, shape, stream, params, splits);
+  if (error == cudaSuccess && splits > 1) {
     shape.grid = dim3(params.batch.num_tokens, params.heads.num_kv_heads);
     shape.shared_bytes = 0;
+    shape.overlap = false;
     const DecodeKernel merge = is_half ? combine_kernel<__half> : combine_kernel<__nv_bfloat16>;
     error = launch(merge, shape, stream, params, splits);
   }
