@@ -10,6 +10,11 @@
 
 #include "paddle/phi/api/ext/op_meta_info.h"
 
+// Versions before 3 have no such type.
+#if __has_include("paddle/phi/common/float8_e4m3fn.h")
+#define MINICPM41_PADDLE_HAS_FLOAT8
+#endif
+
 namespace minicpm41::binding {
 
 inline std::string dtype_name(paddle::DataType dtype) {
@@ -30,8 +35,10 @@ inline std::string dtype_name(paddle::DataType dtype) {
       return "uint8";
     case paddle::DataType::INT8:
       return "int8";
+#ifdef MINICPM41_PADDLE_HAS_FLOAT8
     case paddle::DataType::FLOAT8_E4M3FN:
       return "float8_e4m3fn";
+#endif
     case paddle::DataType::BOOL:
       return "bool";
     default:

@@ -261,8 +261,10 @@ std::vector<Tensor> expand_low_bit_weight(const Tensor& qweight, const Tensor& s
   const RowType types[] = {{"float32", paddle::DataType::FLOAT32, kFloat32},
                            {"float16", paddle::DataType::FLOAT16, kFloat16},
                            {"bfloat16", paddle::DataType::BFLOAT16, kBFloat16},
-                           {"int8", paddle::DataType::INT8, kInt8},
-                           {"float8_e4m3fn", paddle::DataType::FLOAT8_E4M3FN, kFloat8E4M3}};
+#ifdef MINICPM41_PADDLE_HAS_FLOAT8
+                           {"float8_e4m3fn", paddle::DataType::FLOAT8_E4M3FN, kFloat8E4M3},
+#endif
+                           {"int8", paddle::DataType::INT8, kInt8}};
   const RowType* type = nullptr;
   for (const RowType& one : types) type = dtype == one.name ? &one : type;
   if (type == nullptr) {
