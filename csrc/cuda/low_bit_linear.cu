@@ -90,15 +90,14 @@ bool plan_ring(const LinearKernel& kernel, int tokens, int bits, const Device& d
   return plan->stages >= 2;
 }
 
-bool plan_launch(const LowBitLinearParams& params, const Device& device, int multiprocessors,
-                 Plan* plan) {
+bool plan_launch(const LowBitLinearParams& params, const Device& device, Plan* plan) {
   const LowBitWeight& weight = params.weight;
   // A row of tiles is a stage for each 16 tiles of it.
   constexpr int kStageTiles = 16, kManyStages = 8;
   const int64_t stages = int64_t{tile_rows(weight)} * tile_columns(weight) / kStageTiles;
-  plan->is_long = stages > int64_t{kManyStages} * multiprocessors;
+  plan->is_long = stages > int64_t{kManyStages} * device.multiprocessors;
   // Then each multiprocessor still gets several blocks.
-  const bool has_many_rows = tile_rows(weight) >= kManyStages * multiprocessors;
+  const bool has_many_rows = tile_rows(weight) >= kManyStages * device.multiprocessors;
   const auto kernel_of = weight.bits == 2   ? w2_linear_kernel
                          : weight.bits == 4 ? w4_linear_kernel
                                             : w8_linear_kernel;
@@ -113,7 +112,7 @@ bool plan_launch(const LowBitLinearParams& params, const Device& device, int mul
 }
 
 cudaError_t launch_linear(const LowBitLinearParams& params, int first, const Plan& plan,
-                          const Device& device, int multiprocessors, void* stream) {
+                          const Device& device, void* stream) {
   const LowBitWeight& weight = params.weight;
   const LinearKernel& kernel = plan.kernel;
   constexpr int64_t kBytes = 2;  // of a number of x and out
@@ -133,12 +132,13 @@ cudaError_t launch_linear(const LowBitLinearParams& params, int first, const Pla
   }
   if (error != cudaSuccess) return error;
   const int blocks = (tile_rows(weight) + kernel.block_tiles - 1) / kernel.block_tiles;
-  // Columns are split where that gives idle multiprocessors work, and no further than a stage each.
+  // Columns are split where that gives idle multiprocessors work, and no further than a
+  // stage each.
   int ranks = 1;
   if (device.has_clusters()) {
     constexpr int kMostRanks = 8;
     const int most = std::min(kMostRanks, tile_columns(weight) / kernel.k_warps);
-    const int room = std::min(resident, multiprocessors * 9 / 8);
+    const int room = std::min(resident, device.multiprocessors * 9 / 8);
     for (int wanted = std::min(most, room / blocks); wanted > 1; --wanted) {
       int clusters = 0;
       error = count_clusters(kernel.kernel, kernel.threads, plan.shared_bytes, wanted, &clusters);
@@ -161,7 +161,7 @@ cudaError_t launch_linear(const LowBitLinearParams& params, int first, const Pla
   LaunchShape shape;
   // One block a multiprocessor works through several rows, so that the next launch's first block
   // has room beside it; where there is much to do, as many as there is room for.
-  const int most_blocks = plan.is_long ? resident : std::min(resident, multiprocessors);
+  const int most_blocks = plan.is_long ? resident : std::min(resident, device.multiprocessors);
   shape.grid = dim3(ranks > 1 ? blocks * ranks : std::min(blocks, std::max(1, most_blocks)));
   shape.threads = kernel.threads;
   shape.shared_bytes = plan.shared_bytes;
@@ -210,18 +210,14 @@ Status run_low_bit_linear(const LowBitLinearParams& params, void* stream) {
                 "8.0 (Ampere) or later");
   if (!check.ok()) return check.status();
 
-  int id = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&id);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, id);
-  }
   Plan plan;
-  if (error == cudaSuccess && !plan_launch(params, device, multiprocessors, &plan)) {
+  if (!plan_launch(params, device, &plan)) {
     return {std::string(kOp) + ": a block may use " + std::to_string(device.shared_bytes) +
             " bytes of shared memory on this GPU, which are too few"};
   }
+  cudaError_t error = cudaSuccess;
   for (int first = 0; error == cudaSuccess && first < params.num_tokens; first += plan.tokens) {
-    error = launch_linear(params, first, plan, device, multiprocessors, stream);
+    error = launch_linear(params, first, plan, device, stream);
   }
   return launch_status(kOp, error);
 }

@@ -150,6 +150,25 @@ __device__ __forceinline__ void arrive_warps(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// The blocks of a cluster meet, and what each wrote before is visible to all.
+__device__ __forceinline__ void meet_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// The same variable in the shared memory of another block of the cluster.
+template <typename V>
+__device__ __forceinline__ const V* in_block(const V* pointer, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t mapped;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(pointer), "r"(rank));
+  return reinterpret_cast<const V*>(mapped);
+#else
+  return pointer;
+#endif
+}
+
 // Ordinary loads, so that the compiler orders them by their use.
 template <typename V>
 __device__ __forceinline__ V load(const uint8_t* address) {
@@ -556,8 +575,7 @@ __global__ void __launch_bounds__(
       }
       // A cluster works on one block of rows; each rank adds up its share of the fragments.
       if (ranks > 1) {
-        cluster_arrive();
-        cluster_wait();
+        meet_cluster();
         if (k_warp == 0) {
           for_fragments([&](int f, float (&sum)[4]) {
             if (f % ranks != rank) return;
@@ -575,16 +593,14 @@ __global__ void __launch_bounds__(
             store(f, sum);
           });
         }
-        cluster_arrive();
-        cluster_wait();
+        meet_cluster();
       }
     }
     return;
   }
   if (ranks > 1) {
     for (int i = 0; i < 2; ++i) {
-      cluster_arrive();
-      cluster_wait();
+      meet_cluster();
     }
   }
 }
