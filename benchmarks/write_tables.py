@@ -50,6 +50,50 @@ def made_on(result: dict[str, Any]) -> str:
     )
 
 
+def layer_decode() -> str:
+    result = read("decode")
+    return (
+        table(
+            ("batch x length", "sparse step", "dense", "dense / sparse", "floor", "target", "held"),
+            (
+                (
+                    f"{row['batch']} x {k(row['length'])}",
+                    f"{row['ours_us']:.1f}",
+                    f"{row['dense_us']:.1f}",
+                    f"{row['dense_us'] / row['ours_us']:.2f}",
+                    f"{row['floor_us']:.1f}",
+                    f"{row['target_us']:.0f}",
+                    yes(row["held"]) + (", slower" if row["ours_us"] > row["dense_us"] else ""),
+                )
+                for row in rows_of(result, "sparse")
+            ),
+        )
+        + "\n\nMicroseconds. Copy rate of the run "
+        + f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s. {made_on(result)}"
+    )
+
+
+def dense_rows() -> str:
+    rows = rows_of(read("decode"), "dense")
+    lengths = sorted({row["length"] for row in rows})
+    times = {(row["batch"], row["length"]): row for row in rows}
+    lines = table(
+        ("batch", *(str(length) for length in lengths)),
+        (
+            (
+                str(batch),
+                *(
+                    f"{row['ours_us']:.1f} / {row['dense_us']:.1f}: "
+                    f"{row['ours_us'] / row['dense_us']:.2f}{' held' if row['held'] else ''}"
+                    for row in (times[batch, length] for length in lengths)
+                ),
+            )
+            for batch in sorted({row["batch"] for row in rows})
+        ),
+    )
+    return f"{lines}\n\n{sum(row['held'] for row in rows)} of {len(rows)} hold."
+
+
 def prefill() -> str:
     result = read("prefill")
     return (
@@ -201,7 +245,17 @@ def crossover() -> str:
     )
 
 
-MAKERS = (prefill, unions, chunks, first_token, decode, crossover, weights)
+MAKERS = (
+    layer_decode,
+    dense_rows,
+    prefill,
+    unions,
+    chunks,
+    first_token,
+    decode,
+    crossover,
+    weights,
+)
 TABLES = {make.__name__: make for make in MAKERS}
 
 
