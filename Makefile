@@ -51,7 +51,7 @@ test-sanitize: $(INSTALLED) ## Run the op tests on kernels built with AddressSan
 	ASAN_OPTIONS=$(ASAN_OPTIONS) UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/python -m pytest -p no:cacheprovider tests/test_rope_and_write_kv.py \
 	    tests/test_compress_keys.py tests/test_select_blocks.py tests/test_sparse_attention.py \
-	    tests/test_ops_bad_input.py $(ARGS)
+	    tests/test_ops_bad_input.py tests/test_low_bit_linear.py $(ARGS)
 
 # The wheel goes into a fresh environment on top of FastDeploy's requirements: tests/host/README.md.
 .PHONY: test-host
