@@ -260,9 +260,13 @@ class Consumer {
     const int2 entry = *reinterpret_cast<const int2*>(&signals_.entries[ring_.at]);
     return {entry.x, entry.y};
   }
-  // Passes over blocks that no token of the warpgroup lists, up to one that is listed or a header.
+  // Whether a token of the warpgroup lists it.
+  __device__ __forceinline__ bool is_wanted(const Next& next) const {
+    return (next.mark >> (warpgroup_ * kWarps) & ((1 << kWarps) - 1)) != 0;
+  }
+  // Passes over blocks that are not wanted, up to one that is or a header.
   __device__ __forceinline__ Next look_on(Next next) {
-    while (next.mark != 0 && (next.mark >> (warpgroup_ * kWarps) & ((1 << kWarps) - 1)) == 0) {
+    while (next.mark != 0 && !is_wanted(next)) {
       pass();
       next = peek();
     }
@@ -313,11 +317,13 @@ class Consumer {
   // All blocks of a tile, up to the header of the next.
   __device__ __forceinline__ void attend_all() {
     Next next = look_on(peek());
-    while (next.mark != 0) {
+    if (next.mark == 0) return;
+    pin(scores_);
+    multiply_keys();
+    wait_products<0>();
+    for (;;) {
       pin(scores_);
-      multiply_keys();
-      wait_products<0>();
-      pin(scores_);
+      pin(state_.out);
       release(&signals_.k_empty[ring_.at]);
       if (next.mark >> token_ & 1) {
         const int last_key =
@@ -332,10 +338,21 @@ class Consumer {
       const int read = ring_.at;
       ring_.advance();
       next = peek();
-      wait_products<0>();
-      pin(state_.out);
-      release(&signals_.v_empty[read]);
-      next = look_on(next);
+      if (is_wanted(next)) {  // its scores come right behind
+        pin(scores_);
+        multiply_keys();
+        wait_products<0>();
+        release(&signals_.v_empty[read]);
+      } else {  // the ring cannot turn over values that are in use
+        wait_products<0>();
+        pin(state_.out);
+        release(&signals_.v_empty[read]);
+        next = look_on(next);
+        if (next.mark == 0) return;
+        pin(scores_);
+        multiply_keys();
+        wait_products<0>();
+      }
     }
   }
 
