@@ -37,11 +37,11 @@ constexpr int kScores = 2 * kColumns;  // of a thread for half a tile: two heads
 constexpr int kSums = 2;               // what a lane keeps of half a tile: two windows of its block
 static_assert(kTileBlocks == kWarpSize && kFineSlots == 4, "a lane pools one block of a tile");
 
-// Scores that a row keeps at a time, and how many before it chooses among them: fewer are quicker
-// to choose from, and the sooner keep others out.
+// Scores that a row keeps at a time before it chooses among them.
 constexpr int kLaneKeys = 16;
 constexpr int kKeys = kLaneKeys * kWarpSize;
-constexpr int kEnoughKeys = kKeys / 2;
+// How many more than wanted may stay when it has to choose before the end: a rough choice is quick.
+constexpr int kSpareKeys = kKeys / 8;
 
 template <bool kWgmma>
 struct Shape {
@@ -360,9 +360,10 @@ __device__ __forceinline__ void multiply_half(float (&scores)[kScores],
   }
 }
 
-// Calls use(tile, half, scores) for both halves of each of the next tiles of the ring.
+// Calls use(tile, half, scores) for the next tiles of the ring: for both halves of a tile at once,
+// or one after the other.
 template <typename T, bool kWgmma, typename Use>
-__device__ __forceinline__ void for_each_half(Ring<kWgmma>& ring, const uint32_t (&q)[kKSteps][4],
+__device__ __forceinline__ void for_each_tile(Ring<kWgmma>& ring, const uint32_t (&q)[kKSteps][4],
                                               int tiles, int lane, Use use) {
   constexpr std::integral_constant<int, 0> kFirst;
   constexpr std::integral_constant<int, 1> kSecond;
@@ -378,8 +379,7 @@ __device__ __forceinline__ void for_each_half(Ring<kWgmma>& ring, const uint32_t
       float scores[2 * kScores];
       multiply_tile<T>(scores, q, ring.tile());
       release();
-      use(tile, kFirst, reinterpret_cast<float (&)[kScores]>(scores[0]));
-      use(tile, kSecond, reinterpret_cast<float (&)[kScores]>(scores[kScores]));
+      use(tile, kFirst, scores);
     } else {
       float scores[kScores];
       multiply_half<T>(scores, q, ring.tile(), lane);
@@ -398,17 +398,18 @@ struct LogSumExp {
   float peak[2] = {-INFINITY, -INFINITY};
   float sum[2] = {};
 
-  __device__ __forceinline__ void add(const float (&scores)[kScores], float scale_log2) {
+  template <int kCount>
+  __device__ __forceinline__ void add(const float (&scores)[kCount], float scale_log2) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float now = peak[r];
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) now = fmaxf(now, scores[c / 2 * 4 + 2 * r + c % 2]);
+      for (int c = 0; c < kCount / 2; ++c) now = fmaxf(now, scores[c / 2 * 4 + 2 * r + c % 2]);
       const float base = now == -INFINITY ? 0.0f : now * scale_log2;
       float odd = 0.0f;
       float even = sum[r] * exp2_approx(peak[r] * scale_log2 - base);
 #pragma unroll
-      for (int c = 0; c < kColumns; c += 2) {
+      for (int c = 0; c < kCount / 2; c += 2) {
         even += exp2_approx(scores[c / 2 * 4 + 2 * r] * scale_log2 - base);
         odd += exp2_approx(scores[c / 2 * 4 + 2 * r + 1] * scale_log2 - base);
       }
@@ -508,59 +509,83 @@ __device__ __forceinline__ uint32_t key_of_log2(float log2_sum) {
                          : kLeastSumKey - (__float_as_uint(-log2_sum) - __float_as_uint(100.0f));
 }
 
-// Keys of two windows of the lane's block, 0 for those with a bit in `unused`.
-__device__ __forceinline__ void rank_windows(const float (&scores)[kScores], float scale_log2,
-                                             float lse0, float lse1, unsigned unused, int lane,
-                                             uint32_t (&keys)[kSums]) {
-  float columns[kColumns];
-#pragma unroll
-  for (int c = 0; c < kColumns; ++c) {
-    const int i = c / 2 * 4 + c % 2;
-    columns[c] =
-        exp2_approx(scores[i] * scale_log2 - lse0) + exp2_approx(scores[i + 2] * scale_log2 - lse1);
+// exp2(score - normaliser) of the two heads, or of what remains of them above `base`.
+struct HeadTerms {
+  float scale_log2;
+  float lse[2];
+
+  __device__ __forceinline__ float score(const float* scores, int column, int r) const {
+    return scores[column / 2 * 4 + column % 2 + 2 * r] * scale_log2 - lse[r];
   }
-  float sums[kSums];
-  reduce_columns(columns, sums, lane, [](float x, float y) { return x + y; });
+};
+
+// Keys of the four windows of the lane's block, two from each half of the tile, 0 for those with a
+// bit in `unused`.
+template <int kHalves>
+__device__ __forceinline__ void rank_windows(const float (&scores)[kHalves * kScores],
+                                             const HeadTerms& terms, unsigned unused, int lane,
+                                             uint32_t (&keys)[kHalves * kSums]) {
+  const auto add = [](float x, float y) { return x + y; };
+  float sums[kHalves][kSums];
+#pragma unroll
+  for (int h = 0; h < kHalves; ++h) {
+    float columns[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      columns[c] = exp2_approx(terms.score(scores + h * kScores, c, 0)) +
+                   exp2_approx(terms.score(scores + h * kScores, c, 1));
+    }
+    reduce_columns(columns, sums[h], lane, add);
+  }
   bool is_extreme = false;
 #pragma unroll
-  for (int s = 0; s < kSums; ++s) {
-    const bool is_used = !(unused >> s & 1);
-    is_extreme |= is_used && !is_plain(sums[s]);
-    keys[s] = is_used ? key_of_sum(sums[s]) : 0;
+  for (int i = 0; i < kHalves * kSums; ++i) {
+    const float sum = sums[i / kSums][i % kSums];
+    const bool is_used = !(unused >> i & 1);
+    is_extreme |= is_used && !is_plain(sum);
+    keys[i] = is_used ? key_of_sum(sum) : 0;
   }
   if (!__any_sync(kAllLanes, is_extreme)) return;
 
   // Relative to the largest term of each window.
-  float peaks[kSums];
 #pragma unroll
-  for (int c = 0; c < kColumns; ++c) {
-    const int i = c / 2 * 4 + c % 2;
-    columns[c] = fmaxf(scores[i] * scale_log2 - lse0, scores[i + 2] * scale_log2 - lse1);
-  }
-  reduce_columns(columns, peaks, lane, [](float x, float y) { return fmaxf(x, y); });
-  spread_columns(peaks, columns, lane);
+  for (int h = 0; h < kHalves; ++h) {
+    const float* half = scores + h * kScores;
+    float columns[kColumns];
+    float peaks[kSums];
+    float rest[kSums];
 #pragma unroll
-  for (int c = 0; c < kColumns; ++c) {
-    const int i = c / 2 * 4 + c % 2;
-    columns[c] = exp2_approx(scores[i] * scale_log2 - lse0 - columns[c]) +
-                 exp2_approx(scores[i + 2] * scale_log2 - lse1 - columns[c]);
-  }
-  float rest[kSums];
-  reduce_columns(columns, rest, lane, [](float x, float y) { return x + y; });
+    for (int c = 0; c < kColumns; ++c) {
+      columns[c] = fmaxf(terms.score(half, c, 0), terms.score(half, c, 1));
+    }
+    reduce_columns(columns, peaks, lane, [](float x, float y) { return fmaxf(x, y); });
+    spread_columns(peaks, columns, lane);
 #pragma unroll
-  for (int s = 0; s < kSums; ++s) {
-    if (keys[s] != 0 && !is_plain(sums[s])) keys[s] = key_of_log2(peaks[s] + log2_approx(rest[s]));
+    for (int c = 0; c < kColumns; ++c) {
+      columns[c] = exp2_approx(terms.score(half, c, 0) - columns[c]) +
+                   exp2_approx(terms.score(half, c, 1) - columns[c]);
+    }
+    reduce_columns(columns, rest, lane, add);
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+      uint32_t& key = keys[h * kSums + s];
+      if (key != 0 && !is_plain(sums[h][s])) key = key_of_log2(peaks[s] + log2_approx(rest[s]));
+    }
   }
 }
 
 // ---- top-k ----
 
-// Of `count` keys, in the order of their blocks, the `wanted` largest, ties to the lower block:
-// writes their blocks, ascending, to `list`, which may be `blocks`, and their keys to the front of
-// `keys`. At least `wanted` keys are there. Later blocks must have larger keys than it returns to
-// be among the chosen.
-__device__ __forceinline__ uint32_t choose(uint32_t* keys, const int32_t* blocks, int count,
-                                           int wanted, int lane, int32_t* list) {
+// Of `count` keys, in the order of their blocks, the largest, ties to the lower block: `wanted` of
+// them, or up to `most` if that is found sooner. Writes their blocks, ascending, to `list`, which
+// may be `blocks`, and their keys to the front of `keys`; says how many, and the key that later
+// blocks must surpass to be among the `wanted`. At least `wanted` keys are there.
+struct Chosen {
+  int count;
+  uint32_t threshold;
+};
+__device__ __forceinline__ Chosen choose(uint32_t* keys, const int32_t* blocks, int count,
+                                         int wanted, int most, int lane, int32_t* list) {
   // A run of blocks for each lane.
   constexpr int kStep = 4;
   const int run = (count + kWarpSize - 1) / kWarpSize;
@@ -579,56 +604,83 @@ __device__ __forceinline__ uint32_t choose(uint32_t* keys, const int32_t* blocks
     }
     largest = max(largest, mine[i]);
   }
-  __syncwarp();  // all keys are read before one is overwritten
   // `reach` keys reach `low`, at least as many as wanted; `above` reach `high`, fewer than wanted.
-  // Half of the steps go by halves, the others by how keys thin out: their number falls about
-  // exponentially.
+  // Three keys in between are tried at a time: by quarters, and every other time around where the
+  // aim should be, for the number of keys falls about exponentially.
   uint32_t low = __reduce_min_sync(kAllLanes, least);
   uint32_t high = __reduce_max_sync(kAllLanes, largest) + 1;
   int reach = count;
   int above = 0;
-  bool goes_by_halves = false;
-  const float log2_wanted = log2_approx(wanted + 0.5f);
+  bool goes_by_quarters = false;
+  const float log2_aim = log2_approx((wanted + most) * 0.5f);
+  constexpr int kCountBits = 10;
+  constexpr int kCountMask = (1 << kCountBits) - 1;
+  static_assert(kKeys <= kCountMask, "three counts fit one number");
 #pragma unroll 1
-  while (high - low > 1 && reach > wanted) {
-    uint32_t ahead = (high - low) / 2;
-    if (!goes_by_halves) {
+  while (high - low > 1 && reach > most) {
+    const float range = static_cast<float>(high - low);
+    float share = 0.5f;
+    float spread = 0.25f;
+    if (!goes_by_quarters) {
       const float log2_reach = log2_approx(static_cast<float>(reach));
-      const float share =
-          __fdividef(log2_reach - log2_wanted, log2_reach - log2_approx(above + 0.5f));
-      ahead = static_cast<uint32_t>((high - low) * share);
-      ahead = min(max(ahead, 1u), high - low - 1);
+      const float per_octave = __fdividef(1.0f, log2_reach - log2_approx(above + 0.5f));
+      share = (log2_reach - log2_aim) * per_octave;
+      spread = 0.2f * per_octave;
     }
-    goes_by_halves = !goes_by_halves;
-    const uint32_t middle = low + ahead;
+    goes_by_quarters = !goes_by_quarters;
+    const uint32_t most_ahead = high - low - 1;
+    uint32_t tried[3];
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      const float ahead = fmaxf((share + (i - 1) * spread) * range, 1.0f);
+      tried[i] = low + min(static_cast<uint32_t>(ahead), most_ahead);
+    }
     int reached = 0;
 #pragma unroll
     for (int i = 0; i < kLaneKeys; i += kStep) {
       if (i < run) {
 #pragma unroll
-        for (int k = 0; k < kStep; ++k) reached += mine[i + k] >= middle;
+        for (int k = i; k < i + kStep; ++k) {
+          if (mine[k] >= tried[0]) reached += 1;
+          if (mine[k] >= tried[1]) reached += 1 << kCountBits;
+          if (mine[k] >= tried[2]) reached += 1 << 2 * kCountBits;
+        }
       }
     }
     reached = __reduce_add_sync(kAllLanes, reached);
-    if (reached >= wanted) {
-      low = middle;
-      reach = reached;
-    } else {
-      high = middle;
-      above = reached;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      const int this_many = reached >> i * kCountBits & kCountMask;
+      if (this_many >= wanted) {
+        low = tried[i];
+        reach = this_many;
+      }
+    }
+#pragma unroll
+    for (int i = 2; i >= 0; --i) {
+      const int this_many = reached >> i * kCountBits & kCountMask;
+      if (this_many < wanted) {
+        high = tried[i];
+        above = this_many;
+      }
     }
   }
   // Keys equal to `low` that are taken, if not all that reach it.
-  const int ties = reach > wanted ? wanted - above : wanted;
+  const int ties = reach > most ? wanted - above : reach;
 
   // One sum carries the counts above and at the threshold.
   constexpr int kTiedShift = 16;
   constexpr int kAboveMask = (1 << kTiedShift) - 1;
   int counts = 0;
 #pragma unroll
-  for (int i = 0; i < kLaneKeys; ++i) {
-    counts += mine[i] > low;
-    counts += (mine[i] == low) << kTiedShift;
+  for (int i = 0; i < kLaneKeys; i += kStep) {
+    if (i < run) {
+#pragma unroll
+      for (int k = i; k < i + kStep; ++k) {
+        counts += mine[k] > low;
+        counts += (mine[k] == low) << kTiedShift;
+      }
+    }
   }
   int before = counts;
 #pragma unroll
@@ -639,27 +691,26 @@ __device__ __forceinline__ uint32_t choose(uint32_t* keys, const int32_t* blocks
   before -= counts;
   int tied = before >> kTiedShift;
   int place = (before & kAboveMask) + min(tied, ties);
-  const int first_place = place;
-  constexpr uint32_t kNone = 0xffffffffu;
+  int32_t ids[kLaneKeys];
 #pragma unroll
-  for (int i = 0; i < kLaneKeys; ++i) {
-    const bool is_tied = mine[i] == low;
-    if (mine[i] > low || (is_tied && tied < ties)) {
-      keys[place++] = mine[i];
-      mine[i] = blocks[begin + i];
-    } else {
-      mine[i] = kNone;
+  for (int i = 0; i < kLaneKeys; ++i) ids[i] = i < mine_count ? blocks[begin + i] : 0;
+  __syncwarp();  // everything is read before it is overwritten
+#pragma unroll
+  for (int i = 0; i < kLaneKeys; i += kStep) {
+    if (i < run) {
+#pragma unroll
+      for (int k = i; k < i + kStep; ++k) {
+        const bool is_tied = mine[k] == low;
+        const bool is_taken = mine[k] > low || (is_tied && tied < ties);
+        if (is_taken) keys[place] = mine[k];
+        if (is_taken) list[place] = ids[k];
+        place += is_taken;
+        tied += is_tied;
+      }
     }
-    tied += is_tied;
-  }
-  __syncwarp();  // all blocks are read before one is overwritten
-  place = first_place;
-#pragma unroll
-  for (int i = 0; i < kLaneKeys; ++i) {
-    if (mine[i] != kNone) list[place++] = static_cast<int32_t>(mine[i]);
   }
   __syncwarp();
-  return low;
+  return {reach > most ? wanted : reach, low};
 }
 
 // ---- rows ----
@@ -675,7 +726,6 @@ __device__ __forceinline__ void select_rows(const SelectBlocksParams& params, Ri
   const float scale_log2 = params.softmax_scale * kLog2e;
   keys += warp * kKeys;
   int32_t* blocks = reinterpret_cast<int32_t*>(keys + (kRows - warp) * kKeys) + warp * kKeys;
-  const int enough = wanted <= kEnoughKeys / 2 ? kEnoughKeys : kKeys;
 
   RowTile rows;
 #pragma unroll 1
@@ -713,67 +763,73 @@ __device__ __forceinline__ void select_rows(const SelectBlocksParams& params, Ri
     }
 
     LogSumExp normaliser;
-    for_each_half<T>(
-        ring, q, all.coarse_tiles, lane, [&](int tile, auto half, float (&scores)[kScores]) {
-          const int first_slot = tile * kTileWindows;
-          if (!chooses || first_slot > mine.last_coarse) return;
-          if (tile == 0 || first_slot + kTileWindows - 1 > mine.last_coarse) {
+    for_each_tile<T>(ring, q, all.coarse_tiles, lane, [&](int tile, auto half, auto& scores) {
+      constexpr int kHalves = sizeof(scores) / sizeof(float[kScores]);
+      const int first_slot = tile * kTileWindows;
+      if (!chooses || first_slot > mine.last_coarse) return;
+      if (tile == 0 || first_slot + kTileWindows - 1 > mine.last_coarse) {
 #pragma unroll
-            for (int c = 0; c < kColumns; ++c) {
-              const int slot = first_slot + c / 2 * 16 + lane % 4 * 4 + 2 * half.value + c % 2;
-              const int i = c / 2 * 4 + c % 2;
-              if (slot == 0 || slot > mine.last_coarse) scores[i] = scores[i + 2] = -INFINITY;
-            }
-          }
-          normaliser.add(scores, scale_log2);
-        });
-    const float lse0 = normaliser.log2_of(0, scale_log2);
-    const float lse1 = normaliser.log2_of(1, scale_log2);
+        for (int c = 0; c < kHalves * kColumns; ++c) {
+          const int slot = first_slot + c % kColumns / 2 * 16 + lane % 4 * 4 +
+                           2 * (half.value + c / kColumns) + c % 2;
+          const int i = c / 2 * 4 + c % 2;
+          if (slot == 0 || slot > mine.last_coarse) scores[i] = scores[i + 2] = -INFINITY;
+        }
+      }
+      normaliser.add(scores, scale_log2);
+    });
+    const HeadTerms terms = {
+        scale_log2, {normaliser.log2_of(0, scale_log2), normaliser.log2_of(1, scale_log2)}};
 
     // A block's key takes the first window of the next one, so that the last one of a tile waits.
     int count = 0;
     uint32_t threshold = 0;
     uint32_t waiting = 0;
-    uint32_t windows[2][kSums];
-    for_each_half<T>(
-        ring, q, all.fine_tiles, lane, [&](int tile, auto half, float (&scores)[kScores]) {
-          const int first_slot = (all.first_fine_tile + tile) * kTileWindows;
-          if (!chooses || first_slot > kFineSlots * mine.first_local) return;
-          unsigned unused = 0;
-          if (first_slot == 0 || first_slot + kTileWindows - 1 > mine.last_fine) {
+    uint32_t windows[kFineSlots];
+    for_each_tile<T>(ring, q, all.fine_tiles, lane, [&](int tile, auto half, auto& scores) {
+      const int first_slot = (all.first_fine_tile + tile) * kTileWindows;
+      if (!chooses || first_slot > kFineSlots * mine.first_local) return;
+      constexpr int kHalves = sizeof(scores) / sizeof(float[kScores]);
+      unsigned unused = 0;
+      if (first_slot == 0 || first_slot + kTileWindows - 1 > mine.last_fine) {
 #pragma unroll
-            for (int s = 0; s < kSums; ++s) {
-              const int slot = first_slot + kFineSlots * lane + 2 * half.value + s;
-              unused |= static_cast<unsigned>(slot == 0 || slot > mine.last_fine) << s;
-            }
-          }
-          rank_windows(scores, scale_log2, lse0, lse1, unused, lane, windows[half.value]);
-          if (half.value == 0) return;
+        for (int s = 0; s < kHalves * kSums; ++s) {
+          const int slot = first_slot + kFineSlots * lane + half.value * kSums + s;
+          unused |= static_cast<unsigned>(slot == 0 || slot > mine.last_fine) << s;
+        }
+      }
+      rank_windows<kHalves>(
+          scores, terms, unused, lane,
+          reinterpret_cast<uint32_t (&)[kHalves * kSums]>(windows[half.value * kSums]));
+      if (half.value + kHalves < 2) return;
 
-          const uint32_t own =
-              max(max(windows[0][0], windows[0][1]), max(windows[1][0], windows[1][1]));
-          const uint32_t before = __shfl_sync(kAllLanes, own, (lane + kWarpSize - 1) % kWarpSize);
-          uint32_t key = max(lane == 0 ? waiting : before, windows[0][0]);
-          waiting = before;
-          const int first_block = first_slot / kFineSlots - 1;
-          const int block = first_block + lane;
-          if (first_block < params.init_blocks || first_block + kTileBlocks > mine.first_local) {
-            const bool is_candidate = block >= params.init_blocks && block < mine.first_local;
-            key = is_candidate ? max(key, kLeastKey) : 0;
-          }
-          const unsigned added = __ballot_sync(kAllLanes, key > threshold);
-          if (key > threshold) {
-            const int place = count + __popc(added & ((1u << lane) - 1));
-            keys[place] = key;
-            blocks[place] = block;
-          }
-          count += __popc(added);
-          if (count + kTileBlocks > enough) {
-            threshold = choose(keys, blocks, count, wanted, lane, blocks);
-            count = wanted;
-          }
-        });
-    if (chooses) choose(keys, blocks, count, wanted, lane, list_at(params.init_blocks));
+      const uint32_t own = max(max(windows[0], windows[1]), max(windows[2], windows[3]));
+      const uint32_t before = __shfl_sync(kAllLanes, own, (lane + kWarpSize - 1) % kWarpSize);
+      uint32_t key = max(lane == 0 ? waiting : before, windows[0]);
+      waiting = before;
+      const int first_block = first_slot / kFineSlots - 1;
+      const int block = first_block + lane;
+      if (first_block < params.init_blocks || first_block + kTileBlocks > mine.first_local) {
+        const bool is_candidate = block >= params.init_blocks && block < mine.first_local;
+        key = is_candidate ? max(key, kLeastKey) : 0;
+      }
+      const unsigned added = __ballot_sync(kAllLanes, key > threshold);
+      if (key > threshold) {
+        const int place = count + __popc(added & ((1u << lane) - 1));
+        keys[place] = key;
+        blocks[place] = block;
+      }
+      count += __popc(added);
+      if (count + kTileBlocks > kKeys) {
+        const Chosen chosen =
+            choose(keys, blocks, count, wanted, wanted + kSpareKeys, lane, blocks);
+        count = chosen.count;
+        threshold = chosen.threshold;
+      }
+    });
+    if (chooses) {
+      choose(keys, blocks, count, wanted, wanted, lane, list_at(params.init_blocks));
+    }
   }
 }
 
@@ -804,12 +860,12 @@ __global__ void __launch_bounds__(kWgmma == kHasWgmma ? Shape<kWgmma>::kThreads 
     __syncthreads();
     if (threadIdx.x >= kRows * kWarpSize) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
 #endif
       load_tiles<kWgmma>(params, ring);
     } else {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
 #endif
       select_rows<T, kWgmma>(params, ring, keys);
     }
@@ -847,7 +903,7 @@ Status launch_rows(const SelectBlocksParams& params, void* stream, bool* is_comp
 
 Status select_blocks_prefill(const SelectBlocksParams& params, const Device& device, void* stream) {
   const int wanted = params.budget - params.init_blocks - params.local_blocks;
-  const int most = kKeys - 2 * kTileBlocks;
+  const int most = kKeys - kSpareKeys - kTileBlocks;
   Check check("select_blocks");
   check.require(wanted <= most, "budget", std::to_string(params.budget),
                 "at most " + std::to_string(most) + " more than the " +
