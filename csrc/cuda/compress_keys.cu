@@ -16,7 +16,7 @@ constexpr int kCompressThreads = kStrips * kWarpSize;
 constexpr int kStripsPerWindow = kKernelSize / kKernelStride;
 // Up to so many (request, kv head) the time between launches shows in a step, and they leave
 // multiprocessors free on which this launch can wait for its turn.
-constexpr int kFewRows = 32;
+constexpr int kFewRows = 8;
 
 static_assert(kCoarseKernelSize == 2 * kBlockSize, "a coarse window is a page and the one before");
 static_assert(kCoarseSlots == 1, "one coarse window ends in a page");

@@ -10,6 +10,14 @@ namespace cuda {
 Status sparse_decode_sm90(const SparseAttentionParams& params, const Device& device, void* stream);
 bool has_sparse_decode_sm90(const Device& device);
 
+// Whether a dense row may be so much longer than the others that every list is cut as far as it
+// goes.
+inline bool has_long_rows(const SparseAttentionParams& params) {
+  const int dense_blocks =
+      std::min(params.batch.max_blocks, std::max(params.dense_len, 0) / kBlockSize + 1);
+  return dense_blocks > 2 * params.budget;
+}
+
 // The one way two partial results become one; explicit roundings, so that it gives the same bits
 // wherever it is inlined.
 struct Weights {

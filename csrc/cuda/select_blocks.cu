@@ -15,7 +15,9 @@ namespace minicpm41 {
 namespace cuda {
 namespace {
 
+constexpr int kFewWarps = 8;
 constexpr int kMaxWarps = 16;
+constexpr int kStages = 2;  // of a warp's ring
 constexpr int kLeafRows = 16;
 constexpr int kLeafBytes = kLeafRows * kRowBytes;
 constexpr int kLeafBlocks = kLeafRows / kFineSlots;
@@ -37,8 +39,8 @@ struct Layout {
   int ring_bytes;
   int max_leaves;  // of K2
   int max_blocks;
-  __host__ __device__ Layout(int warps, int stages, int blocks)
-      : ring_bytes(stages * warps * kLeafBytes),
+  __host__ __device__ Layout(int warps, int blocks)
+      : ring_bytes(kStages * warps * kLeafBytes),
         max_leaves(blocks / kLeafRows + 1),
         max_blocks(blocks) {}
   __host__ __device__ int bytes() const {
@@ -179,14 +181,14 @@ __device__ __forceinline__ void write_top(const float* scores, int n, int count,
   }
 }
 
-template <typename T, int kWarps, int kStages>
+template <typename T, int kWarps>
 __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
     select_blocks_kernel(const __grid_constant__ SelectBlocksParams params, const bool by_request) {
   constexpr int kThreads = kWarps * kWarpSize;
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ float lse_log2[kGroupSize];
   __shared__ __align__(16) TopScratch top_scratch;
-  const Layout layout(kWarps, kStages, params.batch.max_blocks);
+  const Layout layout(kWarps, params.batch.max_blocks);
   // [kGroupSize, max_leaves]: maximum and sum of each leaf of K2, complete in every block.
   float2* leaves = reinterpret_cast<float2*>(shared + layout.ring_bytes);
   // Complete in the cluster's first block: largest score of a block's own slots, and of its first.
@@ -305,7 +307,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
   };
 
   // Pages are looked up well before the copies that need them.
-  constexpr int kLookups = kWarps == kMaxWarps ? 1 : kStages < 5 ? 2 : 4;
+  constexpr int kLookups = kWarps == kMaxWarps ? 1 : 2;
   int pages[kLookups];
 #pragma unroll
   for (int i = 0; i < kLookups; ++i) pages[i] = load_pages(i);
@@ -582,16 +584,6 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
   wait_for_previous_launch();
 }
 
-using Kernel = void (*)(SelectBlocksParams, bool);
-
-template <typename T>
-Kernel kernel_with(int warps, int stages) {
-  if (warps == kMaxWarps) return select_blocks_kernel<T, kMaxWarps, 2>;
-  if (stages == 5) return select_blocks_kernel<T, 8, 5>;
-  if (stages == 3) return select_blocks_kernel<T, 8, 3>;
-  return select_blocks_kernel<T, 8, 2>;
-}
-
 }  // namespace
 
 Status select_blocks_decode(const SelectBlocksParams& params, const Device& device, void* stream) {
@@ -600,39 +592,34 @@ Status select_blocks_decode(const SelectBlocksParams& params, const Device& devi
   const int max_blocks = params.batch.max_blocks;
   const DecodeRows row_grid(params.batch, kSelectHasPrefill);
   const int64_t rows = int64_t{row_grid.count} * params.heads.num_kv_heads;
-  const bool is_half = params.heads.dtype == kFloat16;
   LaunchShape shape;
   shape.overlap = params.overlap != 0 && device.has_clusters();
-  int warps = 8;
-  int stages = 0;
-  const auto bytes = [&] { return Layout(warps, stages, max_blocks).bytes() + kStaticBytes; };
   if (device.has_clusters() && max_blocks > params.budget) {
-    // Half of the multiprocessors: sparse_attention begins beside it. Where that is less than 16
-    // blocks a row, blocks are twice as large.
+    // Half of the multiprocessors: sparse_attention begins on the others.
     while (shape.cluster < kMaxCluster && 2 * shape.cluster * rows <= device.multiprocessors / 2) {
       shape.cluster *= 2;
     }
-    if (shape.cluster < kMaxCluster) warps = kMaxWarps;
   }
-  if (warps == kMaxWarps) {
-    stages = 2;
-    if (bytes() > device.shared_bytes) warps = 8;
-  }
-  if (warps == 8) {
-    stages = 5;
-    if (bytes() > device.shared_bytes) stages = 3;
-    if (bytes() > device.shared_bytes) stages = 2;
-  }
+  // Blocks are small where a row has many of them, or where the others do not fit.
+  const auto bytes = [&](int warps) { return Layout(warps, max_blocks).bytes(); };
+  const bool is_small = shape.cluster == kMaxCluster || max_blocks <= params.budget ||
+                        bytes(kMaxWarps) + kStaticBytes > device.shared_bytes;
+  const int warps = is_small ? kFewWarps : kMaxWarps;
   Check check(op);
-  check.require(bytes() <= device.shared_bytes, "max_blocks", std::to_string(max_blocks),
-                "fewer: their scores need " + std::to_string(bytes()) +
-                    " bytes of shared memory and this GPU has " +
-                    std::to_string(device.shared_bytes));
+  check.require(
+      bytes(warps) + kStaticBytes <= device.shared_bytes, "max_blocks", std::to_string(max_blocks),
+      "fewer: their scores need " + std::to_string(bytes(warps) + kStaticBytes) +
+          " bytes of shared memory and this GPU has " + std::to_string(device.shared_bytes));
   if (!check.ok()) return check.status();
-  const Kernel kernel =
-      is_half ? kernel_with<__half>(warps, stages) : kernel_with<__nv_bfloat16>(warps, stages);
+  using Bf16 = __nv_bfloat16;
+  const bool is_half = params.heads.dtype == kFloat16;
+  const auto small =
+      is_half ? select_blocks_kernel<__half, kFewWarps> : select_blocks_kernel<Bf16, kFewWarps>;
+  const auto large =
+      is_half ? select_blocks_kernel<__half, kMaxWarps> : select_blocks_kernel<Bf16, kMaxWarps>;
+  const auto kernel = is_small ? small : large;
   shape.threads = warps * kWarpSize;
-  shape.shared_bytes = bytes() - kStaticBytes;
+  shape.shared_bytes = bytes(warps);
   // A device whose multiprocessors come in smaller groups holds smaller clusters only.
   for (;; shape.cluster /= 2) {
     int fits = 0;

@@ -461,14 +461,6 @@ int64_t rows_of(const SparseAttentionParams& params) {
   return int64_t{params.batch.num_tokens} * params.heads.num_kv_heads;
 }
 
-// Whether a dense row may be so much longer than the others that every list is cut as far as it
-// goes.
-bool has_long_rows(const SparseAttentionParams& params) {
-  const int dense_blocks =
-      std::min(params.batch.max_blocks, std::max(params.dense_len, 0) / kBlockSize + 1);
-  return dense_blocks > 2 * params.budget;
-}
-
 // Thread blocks that share a list. Shapes alone decide.
 int splits_of(const SparseAttentionParams& params) {
   constexpr int kBlocksWanted = 216;  // two for each multiprocessor of an A100

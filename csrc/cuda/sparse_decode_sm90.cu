@@ -686,9 +686,11 @@ Status sparse_decode_sm90(const SparseAttentionParams& params, const Device& dev
     }
     return stages >= kMinStages && error == cudaSuccess;
   };
-  // The most blocks a row that run side by side; the bits of a row do not depend on it.
+  // The most blocks a row that run side by side; the bits of a row do not depend on it. A row that
+  // is much longer than the others would hold them all up: then as many as there may be.
+  const bool is_long = has_long_rows(params);
   int cluster = kLanes;
-  while (choose(cluster) && fits < rows && cluster > 1) cluster /= 2;
+  while (choose(cluster) && (is_long ? fits == 0 : fits < rows) && cluster > 1) cluster /= 2;
   if (error != cudaSuccess) return launch_status(op, error);
   Check check(op);
   check.require(stages >= kMinStages, "budget", std::to_string(params.budget),

@@ -25,7 +25,11 @@ from gpu_ops import (  # noqa: E402
 )
 
 import capi  # noqa: E402
-from accuracy import assert_within_one_step  # noqa: E402
+from accuracy import (  # noqa: E402
+    assert_within_budget,
+    assert_within_one_step,
+    same_dtype_attention,
+)
 from cases import (  # noqa: E402
     DTYPES,
     TRUE_GEOMETRY,
@@ -463,6 +467,37 @@ def test_a_row_that_lists_nothing_gets_zeros() -> None:
     capi.run_cuda(launches.attend, stream())
     _, out, lse = launches.result()
     assert (out.astype(np.float32) == 0).all() and np.isneginf(lse).all()
+
+
+def test_lists_without_the_newest_blocks_are_served_and_the_rest_is_not_read() -> None:
+    # The kernel begins with the newest blocks before it sees the list: here the list leaves out
+    # all of them, or all but the row's own, or names them all.
+    host, gpu = ready([(9999, 1), (9999, 1), (9999, 1), (4999, 1)], padding_rows=0)
+    launches = Launches(gpu, replace(PUBLISHED, dense_len=-1))
+    own = np.array([9999 // 64] * 3 + [4999 // 64])
+    rng = np.random.default_rng(3)
+    older = np.sort(rng.choice(own[0] - 40, 50, replace=False))
+    lists = [older, [*older, own[1]], [*older, *range(own[2] - 31, own[2] + 1)], older[older < 40]]
+    launches.topk_idx.fill_(-1)
+    for request, blocks in enumerate(lists):
+        launches.topk_idx[:, request, : len(blocks)] = torch.tensor(blocks, device="cuda")
+        pages = host.block_tables[request, np.setdiff1d(np.arange(own[request] + 1), blocks)]
+        for cache in (gpu.k_cache, gpu.v_cache):
+            cache[torch.from_numpy(pages).cuda().long()] = float("nan")
+    capi.run_cuda(launches.attend, stream())
+    _, out, lse = launches.result()
+    for request, blocks in enumerate(lists):
+        tokens = oracle.listed_tokens(np.array(blocks), int(host.requests[request].history_len))
+        for head in range(2):
+            heads = slice(16 * head, 16 * head + 16)
+            q = host.q[request, heads]
+            keys, values = host.keys[request][tokens, head], host.values[request][tokens, head]
+            truth, true_lse = oracle.attention(q, keys, values)
+            framework = same_dtype_attention(
+                q[None], keys[:, None], values[:, None], np.ones((1, 1, len(tokens)), bool)
+            )
+            assert_within_budget(out[request, heads], truth, framework[0], "bfloat16")
+            np.testing.assert_allclose(lse[request, heads], true_lse, atol=1e-3)
 
 
 # ---- bad input ----
