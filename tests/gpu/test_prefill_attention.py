@@ -171,7 +171,7 @@ def test_published_sizes_around_the_switch() -> None:
 
 
 # The last has 2100 blocks: the kernels mark 2048 of them at a time.
-@pytest.mark.parametrize("kv_len", [16384, 131_072, 134_400])
+@pytest.mark.parametrize("kv_len", [16384, 134_400])
 def test_chunks_behind_long_histories(kv_len: int) -> None:
     host = make_step([(kv_len - 50, 50)], BF16)
     # Blocks listed by hardly any neighbour, and a dense row beside a sparse one.
@@ -329,7 +329,7 @@ def test_tokens_to_come_do_not_show() -> None:
         same_bits(got[: row + 1], out[: row + 1], f"row {row}")
 
 
-@pytest.mark.parametrize("absent", [-1, HUGE, -(2**31)])
+@pytest.mark.parametrize("absent", [-1, HUGE])
 def test_blocks_without_a_page_are_absent(absent: int) -> None:
     host = make_step([(9000, 40)], BF16, padding_rows=0)
     lists = random_lists(host, PUBLISHED)
