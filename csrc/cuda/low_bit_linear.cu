@@ -10,6 +10,7 @@ constexpr char kOp[] = "low_bit_linear";
 constexpr int kArrangeThreads = 128;
 constexpr int kNumbersPerLane = 4;
 constexpr int kBulkAlignment = 16;
+constexpr int kFewTokens = 8;  // one tile of operand columns
 
 // x in the order in which a stage takes it (LinearKernelParams), or x H, in fp32 and rounded once:
 // four neighbours a lane, 16 or 32 lanes a block of H.
@@ -74,15 +75,18 @@ bool is_arranged(const LowBitWeight& weight, int num_tokens) {
 
 // Whether a ring of at least two stages fits for these tokens.
 bool plan_ring(const LinearKernel& kernel, int tokens, int bits, const Device& device, Plan* plan) {
-  // Half of a multiprocessor, so that the next launch's blocks can copy while these work.
-  constexpr int kHalf = 110 * 1024;
-  constexpr int kFewStages = 4;
+  // Half of a multiprocessor, so that the next launch's blocks can copy while these work; less
+  // where two blocks work side by side for long.
+  constexpr int kHalf = 113 * 1024, kQuarter = 56 * 1024;
+  const bool is_small = tokens <= kFewTokens;
+  const int wanted = std::min(plan->is_long && is_small ? kQuarter : kHalf, device.shared_bytes);
+  const int few_stages = is_small ? 4 : 3;
   const int stage = weight_bytes(kernel.block_tiles, kernel.k_warps, bits) +
                     scale_bytes(kernel.block_tiles, kernel.k_warps) +
                     tokens * kernel.k_warps * kXRowBytes;
   const int fixed = kBarrierBytes + kernel.sum_bytes;
-  int stages = (std::min(kHalf, device.shared_bytes) - fixed) / stage;
-  if (stages < kFewStages) stages = std::min(kFewStages, (device.shared_bytes - fixed) / stage);
+  int stages = (wanted - fixed) / stage;
+  if (stages < few_stages) stages = std::min(few_stages, (device.shared_bytes - fixed) / stage);
   plan->kernel = kernel;
   plan->tokens = tokens;
   plan->stages = std::min(stages, kMaxStages);
@@ -160,8 +164,12 @@ cudaError_t launch_linear(const LowBitLinearParams& params, int first, const Pla
   launch_params.num_stages = plan.stages;
   LaunchShape shape;
   // One block a multiprocessor works through several rows, so that the next launch's first block
-  // has room beside it; where there is much to do, as many as there is room for.
-  const int most_blocks = plan.is_long ? resident : std::min(resident, device.multiprocessors);
+  // has room beside it. As many as there is room for where there is much to do, or where one each
+  // would leave most without work at the end.
+  const int left_over = blocks % device.multiprocessors;
+  const bool is_uneven = left_over > 0 && left_over < device.multiprocessors / 2;
+  const int most_blocks =
+      plan.is_long || is_uneven ? resident : std::min(resident, device.multiprocessors);
   shape.grid = dim3(ranks > 1 ? blocks * ranks : std::min(blocks, std::max(1, most_blocks)));
   shape.threads = kernel.threads;
   shape.shared_bytes = plan.shared_bytes;

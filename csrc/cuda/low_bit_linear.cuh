@@ -308,7 +308,7 @@ struct Linear {
   static constexpr int kThreads = kConsumers + kWarpSize;
   // Blocks that share a multiprocessor. Before sm_90 the copies' addresses take too many registers.
 #if __CUDA_ARCH__ >= 900
-  static constexpr int kBlocks = kTokenTiles == 1 ? 2 : 1;
+  static constexpr int kBlocks = kTokenTiles <= 2 ? 2 : 1;
 #else
   static constexpr int kBlocks = 1;
 #endif
@@ -619,7 +619,7 @@ LinearKernel describe() {
 template <typename T, int kBits>
 LinearKernel kernel_for(int num_tokens, bool has_many_rows) {
   if (num_tokens > 16) return describe<T, kBits, 8, 6, 1, 2>();
-  if (num_tokens > 8) return describe<T, kBits, 2, 2, 2, 8>();
+  if (num_tokens > 8) return describe<T, kBits, 2, 2, 2, 4>();
   return has_many_rows ? describe<T, kBits, 1, 1, 2, 8>() : describe<T, kBits, 1, 1, 1, 16>();
 }
 
