@@ -618,7 +618,11 @@ LinearKernel describe() {
 
 template <typename T, int kBits>
 LinearKernel kernel_for(int num_tokens, bool has_many_rows) {
-  if (num_tokens > 16) return describe<T, kBits, 8, 6, 1, 2>();
+  if (num_tokens > 16) {
+    // Eight bits need more registers while they are decoded.
+    constexpr bool kIsWide = kBits == 8;
+    return describe<T, kBits, 8, kIsWide ? 6 : 4, kIsWide ? 1 : 2, 2>();
+  }
   if (num_tokens > 8) return describe<T, kBits, 2, 2, 2, 4>();
   return has_many_rows ? describe<T, kBits, 1, 1, 2, 8>() : describe<T, kBits, 1, 1, 1, 16>();
 }
