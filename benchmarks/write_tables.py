@@ -245,6 +245,91 @@ def crossover() -> str:
     )
 
 
+LINEAR_SHAPES = {
+    "qkv": "qkv 4608x4096",
+    "o": "o 4096x4096",
+    "gate_up": "gate, up 32768x4096",
+    "down": "down 4096x16384",
+    "layer": "the layer",
+}
+LOW_BIT = ("w2 g64", "w4 g128", "w8 g128")
+
+
+def linear_times() -> dict[tuple[str, str, int], dict[str, Any]]:
+    rows = rows_of(read("linear"), "decode")
+    return {(row["shape"], row["format"], row["tokens"]): row for row in rows}
+
+
+def linear_one_token() -> str:
+    result, times = read("linear"), linear_times()
+
+    def line(shape: str, kind: str) -> Iterable[str]:
+        row, cublas = times[shape, kind, 1], times[shape, "cublas", 1]["us"]
+        int4 = times.get((shape, "pytorch int4", 1))
+        return (
+            *(LINEAR_SHAPES[shape], kind, f"{row['us']:.1f}"),
+            f"{row['after_another_us']:.1f}" if "after_another_us" in row else "-",
+            f"{row['floor_us']:.1f}" if "floor_us" in row else "-",
+            *(f"{cublas:.1f}", f"{cublas / row['us']:.2f}"),
+            f"{int4['us']:.1f}" if int4 else "-",
+            f"{row['target_us']:.1f}" if "target_us" in row else "-",
+            yes(row["held"]) if "held" in row else "-",
+        )
+
+    return (
+        table(
+            ("weight", "format", "us", "behind another kernel", "floor", "cuBLAS bf16")
+            + ("cuBLAS / ours", "PyTorch int4", "target", "held"),
+            (line(shape, kind) for shape in LINEAR_SHAPES for kind in LOW_BIT),
+        )
+        + f"\n\nCopy rate of the run {result['copy_bytes_per_second'] / 1e12:.2f} TB/s. "
+        + made_on(result)
+    )
+
+
+def linear_tokens() -> str:
+    times = linear_times()
+    tokens = sorted({count for _, _, count in times})
+
+    def line(shape: str, kind: str) -> Iterable[str]:
+        us = [times[shape, kind, count]["us"] for count in tokens]
+        last = us[-1] / times[shape, "cublas", tokens[-1]]["us"]
+        sixteen = times[shape, kind, 16]["us"] / us[0]
+        ratios = ("", "") if kind == "cublas" else (f"{sixteen:.2f}", f"{last:.2f}")
+        return (LINEAR_SHAPES[shape], kind, *(f"{one:.1f}" for one in us), *ratios)
+
+    return table(
+        ("weight", "format", *(str(count) for count in tokens), "16 / 1", "64 / cuBLAS"),
+        (
+            line(shape, kind)
+            for shape in LINEAR_SHAPES
+            for kind in ("cublas", "pytorch int4", *LOW_BIT)
+            if (shape, kind, 1) in times
+        ),
+    )
+
+
+def linear_prefill() -> str:
+    rows = rows_of(read("linear"), "prefill")
+    tokens = sorted({row["tokens"] for row in rows})
+    times = {(row["shape"], row["format"], row["tokens"]): row for row in rows}
+
+    def cell(row: dict[str, Any]) -> str:
+        return f"{row['us']:.0f} ({row['ratio']:.2f})"
+
+    return table(
+        ("weight", "format", *(f"{count} tokens" for count in tokens), "panel, MiB"),
+        (
+            (
+                *(LINEAR_SHAPES[shape], kind),
+                *(cell(times[shape, kind, count]) for count in tokens),
+                f"{times[shape, kind, tokens[0]]['workspace_bytes'] / 2**20:.0f}",
+            )
+            for shape, kind in dict.fromkeys((row["shape"], row["format"]) for row in rows)
+        ),
+    )
+
+
 MAKERS = (
     layer_decode,
     dense_rows,
@@ -255,6 +340,9 @@ MAKERS = (
     decode,
     crossover,
     weights,
+    linear_one_token,
+    linear_tokens,
+    linear_prefill,
 )
 TABLES = {make.__name__: make for make in MAKERS}
 
