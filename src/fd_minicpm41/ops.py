@@ -211,7 +211,8 @@ def low_bit_linear(
 
     Args:
         x: ``[num_tokens, in_features]``, float16 or bfloat16, on the CPU also float32.
-        qweight, scales: as ``quantization.tiles`` makes them.
+        qweight, scales: as ``quantization.tiles`` makes them. On a GPU they may be read before the
+            launch before this one has ended, which must not be the one that writes them.
 
     Returns:
         ``[num_tokens, out_features]`` in the dtype of ``x``.
