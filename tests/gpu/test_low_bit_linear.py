@@ -3,12 +3,6 @@ own shapes, the same bits every time, in a graph, and refusals."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -30,7 +24,6 @@ from low_bit_cases import (  # noqa: E402
     make_x,
 )
 
-TESTS = Path(__file__).resolve().parents[1]
 DTYPES = ("bfloat16", "float16")
 # Part of a tile, part of a block of rows, columns that leave the last stage part empty, and enough
 # columns for clusters of blocks.
@@ -231,39 +224,3 @@ def test_refuses_columns_that_end_inside_a_tile() -> None:
     assert str(refusal.value) == (
         "low_bit_linear: in_features is 192, wanted a multiple of 128 on a GPU"
     )
-
-
-PROGRAM = """
-import torch
-from gpu_low_bit import LowBitLinear
-from low_bit_cases import FORMATS, make_weight
-for fmt in (FORMATS[0], FORMATS[2], FORMATS[5], FORMATS[8]):
-    for shape in ((40, 256), (73, 1152), (64, 4096)):
-        linear = LowBitLinear.of(make_weight(fmt, *shape))
-        for tokens in (1, 9, 20):
-            for dtype in (torch.bfloat16, torch.float16):
-                linear(torch.randn(tokens, shape[1], dtype=dtype, device="cuda"))
-        linear.rows("bfloat16")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_small_products_are_clean(tool: str) -> None:
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer is not on the PATH")
-    # Without PyTorch's cache every tensor has bounds of its own.
-    paths = [str(TESTS), str(TESTS / "gpu"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
-    }
-    done = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", PROGRAM],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -1,4 +1,4 @@
-"""compute-sanitizer on small steps: no bad access, no race in shared memory, no bad barrier."""
+"""compute-sanitizer on small cases: no bad access, no race in shared memory, no bad barrier."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
 
-PROGRAM = """
+STEPS = """
 from dataclasses import replace
 from cases import TRUE_GEOMETRY, make_step
 from gpu_ops import SMALL, compress, on_gpu, run_step
@@ -31,10 +31,24 @@ for dtype in ("bfloat16", "float16"):
         compress(step, [0] * len(requests))
 """
 
+PRODUCTS = """
+import torch
+from gpu_low_bit import LowBitLinear
+from low_bit_cases import FORMATS, make_weight
+for fmt in (FORMATS[0], FORMATS[2], FORMATS[5], FORMATS[8]):
+    for shape in ((40, 256), (73, 1152), (64, 4096)):
+        linear = LowBitLinear.of(make_weight(fmt, *shape))
+        for tokens in (1, 9, 20):
+            for dtype in (torch.bfloat16, torch.float16):
+                linear(torch.randn(tokens, shape[1], dtype=dtype, device="cuda"))
+        linear.rows("bfloat16")
+"""
+
 
 @pytest.mark.slow
+@pytest.mark.parametrize("program", [STEPS, PRODUCTS], ids=["steps", "products"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_small_steps_are_clean(tool: str) -> None:
+def test_small_cases_are_clean(tool: str, program: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not on the PATH")
@@ -45,7 +59,7 @@ def test_small_steps_are_clean(tool: str) -> None:
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
     }
     done = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", PROGRAM],
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program],
         env=environment,
         capture_output=True,
         text=True,
