@@ -44,9 +44,10 @@ def target_of(row: dict[str, Any]) -> tuple[str, str]:
 
 def made_on(result: dict[str, Any]) -> str:
     e = result["environment"]
+    command = re.sub(r" --out \S+", "", e["command"])
     return (
         f"{e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}, PyTorch {e['torch']}, cuDNN "
-        f"{e['cudnn']}, {e['date']}: `{e['command']}`."
+        f"{e['cudnn']}, {e['date']}: `{command}`."
     )
 
 
@@ -350,12 +351,17 @@ TABLES = {make.__name__: make for make in MAKERS}
 def main() -> None:
     page = PAGE.read_text()
     for name, make in TABLES.items():
+        try:
+            made = make()
+        except FileNotFoundError as error:
+            print(f"table {name} is left as it is: {error.filename} is not there")
+            continue
         opening, closing = f"<!-- table {name} -->", "<!-- end of table -->"
         pattern = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)
         places = pattern.findall(page)
         if len(places) != 1:
             raise SystemExit(f"{PAGE.name} has {len(places)} places for table {name}, wanted 1")
-        page = page.replace(places[0], f"{opening}\n{make()}\n{closing}")
+        page = page.replace(places[0], f"{opening}\n{made}\n{closing}")
     PAGE.write_text(page)
 
 
