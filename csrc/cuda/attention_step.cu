@@ -14,10 +14,8 @@ Status run_select_blocks(const SelectBlocksParams& params, void* stream) {
   status = check_geometry("select_blocks", params.heads, &device);
   if (!status.ok() || params.batch.num_tokens == 0) return status;
   status = select_blocks_decode(params, device, stream);
-  if constexpr (kSelectHasPrefill) {
-    if (status.ok() && is_prefill(params.batch.max_query_len)) {
-      status = select_blocks_prefill(params, device, stream);
-    }
+  if (status.ok() && is_prefill(params.batch.max_query_len)) {
+    status = select_blocks_prefill(params, device, stream);
   }
   return status;
 }
@@ -39,10 +37,8 @@ Status run_sparse_attention(const SparseAttentionParams& params, void* stream) {
                            sparse_decode_workspace(params, device));
   if (!status.ok()) return status;
   status = sparse_decode(params, device, stream);
-  if constexpr (kAttendHasPrefill) {
-    if (status.ok() && is_prefill(params.batch.max_query_len)) {
-      status = sparse_prefill(params, device, stream);
-    }
+  if (status.ok() && is_prefill(params.batch.max_query_len)) {
+    status = sparse_prefill(params, device, stream);
   }
   return status;
 }

@@ -11,9 +11,6 @@ namespace minicpm41 {
 namespace cuda {
 
 constexpr int kPrefillTokens = 16;
-// Off: the decode kernels serve the prefill rows too.
-constexpr bool kSelectHasPrefill = true;
-constexpr bool kAttendHasPrefill = true;
 
 __host__ __device__ inline bool is_prefill(int query_len) { return query_len >= kPrefillTokens; }
 
@@ -22,12 +19,13 @@ __host__ __device__ inline bool is_prefill(int query_len) { return query_len >= 
 struct DecodeRows {
   int count;
   bool by_request;
-  DecodeRows(const Batch& batch, bool has_prefill) {
+  explicit DecodeRows(const Batch& batch) {
     const int64_t slots = int64_t{batch.batch_size} * (kPrefillTokens - 1);
-    by_request = has_prefill && is_prefill(batch.max_query_len) && slots < batch.num_tokens;
+    by_request = is_prefill(batch.max_query_len) && slots < batch.num_tokens;
     count = by_request ? static_cast<int>(slots) : batch.num_tokens;
   }
 };
+
 // The token of a row; -1: none that a decode kernel serves.
 __device__ __forceinline__ int token_of_row(const Batch& batch, int row, bool by_request) {
   if (!by_request) return row;

@@ -206,8 +206,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
   const int lane = thread % kWarpSize;
 
   QueryRow row;
-  if (token < 0 || !load_query_row(params.batch, token, &row) ||
-      (kSelectHasPrefill && is_prefill(row.query_len))) {
+  if (token < 0 || !load_query_row(params.batch, token, &row) || is_prefill(row.query_len)) {
     wait_for_previous_launch();
     return;
   }
@@ -590,7 +589,7 @@ Status select_blocks_decode(const SelectBlocksParams& params, const Device& devi
   const char* op = "select_blocks";
 
   const int max_blocks = params.batch.max_blocks;
-  const DecodeRows row_grid(params.batch, kSelectHasPrefill);
+  const DecodeRows row_grid(params.batch);
   const int64_t rows = int64_t{row_grid.count} * params.heads.num_kv_heads;
   LaunchShape shape;
   shape.overlap = params.overlap != 0 && device.has_clusters();

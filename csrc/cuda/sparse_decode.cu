@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     wait_for_previous_launch();
     return;
   }
-  if (kAttendHasPrefill && is_prefill(row.query_len)) {
+  if (is_prefill(row.query_len)) {
     wait_for_previous_launch();
     return;
   }
@@ -430,7 +430,7 @@ __global__ void __launch_bounds__(kThreads)
   const int kv_head = blockIdx.y;
   const int request = __ldg(params.batch.batch_id_per_token + token);
   if (request < 0) return;
-  if (kAttendHasPrefill && is_prefill(__ldg(params.batch.query_lens + request))) return;
+  if (is_prefill(__ldg(params.batch.query_lens + request))) return;
   const int row_index = token * params.heads.num_kv_heads + kv_head;
   const float* parts =
       static_cast<const float*>(params.workspace) + int64_t{row_index} * splits * kPartFloats;

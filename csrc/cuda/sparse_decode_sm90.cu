@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kAllThreads, 1)
 
   QueryRow row;
   const bool is_row = token >= 0 && load_query_row(params.batch, token, &row);
-  if (!is_row || (kAttendHasPrefill && is_prefill(row.query_len))) {
+  if (!is_row || is_prefill(row.query_len)) {
     if (!is_row && token >= 0 && rank == 0) write_padding<T>(params, token, kv_head);
     wait_for_previous_launch();
     return;
@@ -661,7 +661,7 @@ Status sparse_decode_sm90(const SparseAttentionParams& params, const Device& dev
                         params.heads.num_kv_heads, params.heads.dtype, &maps[i]);
     if (!status.ok()) return status;
   }
-  const DecodeRows row_grid(params.batch, kAttendHasPrefill);
+  const DecodeRows row_grid(params.batch);
   const int64_t rows = int64_t{row_grid.count} * params.heads.num_kv_heads;
   const bool is_half = params.heads.dtype == kFloat16;
   const auto kernel =
