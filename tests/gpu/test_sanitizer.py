@@ -18,9 +18,7 @@ from cases import TRUE_GEOMETRY, make_step
 from gpu_ops import SMALL, compress, on_gpu, run_step
 for dtype in ("bfloat16", "float16"):
     geometry = replace(TRUE_GEOMETRY, dtype=dtype)
-    # One row in a cluster, a few rows, and a mixed batch with prefill, idle and padding rows.
-    mixed = [(383, 9), (0, 0), (1030, 1), (0, 70), (447, 40)]
-    for requests in ([(1029, 1)], [(599, 1)] * 9, mixed):
+    for requests in REQUESTS:
         step = on_gpu(make_step(requests, geometry))
         compress(step, [0] * len(requests))
         for overlap in (0, 1):
@@ -30,6 +28,10 @@ for dtype in ("bfloat16", "float16"):
         compress(step)
         compress(step, [0] * len(requests))
 """
+# One row in a cluster, and a few rows with an idle slot.
+DECODE = STEPS.replace("REQUESTS", "([(1029, 1)], [(599, 1)] * 8 + [(0, 0), (383, 9)])")
+# Prompts and chunks with a history, decode and idle rows among them.
+PREFILL = STEPS.replace("REQUESTS", "([(383, 9), (0, 0), (1030, 1), (0, 70), (447, 40)],)")
 
 PRODUCTS = """
 import torch
@@ -46,7 +48,9 @@ for fmt in (FORMATS[0], FORMATS[2], FORMATS[5], FORMATS[8]):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", [STEPS, PRODUCTS], ids=["steps", "products"])
+@pytest.mark.parametrize(
+    "program", [DECODE, PREFILL, PRODUCTS], ids=["decode", "prefill", "products"]
+)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_small_cases_are_clean(tool: str, program: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
