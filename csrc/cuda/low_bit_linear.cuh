@@ -10,7 +10,7 @@
 // deterministic.
 #pragma once
 
-#include "common.cuh"
+#include "barriers.cuh"
 
 namespace minicpm41 {
 namespace cuda {
@@ -64,36 +64,7 @@ __host__ __device__ constexpr int scale_bytes(int block_tiles, int k_warps) {
 
 namespace {
 
-// ---- barriers in shared memory; before sm_90 copies of 16 bytes, from then on bulk copies ----
-
-__device__ __forceinline__ void init_barrier(uint32_t barrier, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-__device__ __forceinline__ void arrive(uint32_t barrier) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier)
-               : "memory");
-}
-__device__ __forceinline__ bool is_done(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-#else
-  asm volatile(
-      "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-#endif
-  return done != 0;
-}
-__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
-  while (!is_done(barrier, parity)) {
-  }
-}
+// ---- copies into a ring: before sm_90 of 16 bytes, from then on bulk copies ----
 
 // What completes a stage: from sm_90 on the bytes that one arrival announces, before that each
 // lane.
@@ -105,12 +76,7 @@ constexpr int kFullArrivals = kWarpSize;
 
 __device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes, int lane) {
 #if __CUDA_ARCH__ >= 900
-  if (lane == 0) {
-    asm volatile(
-        "{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(barrier),
-        "r"(bytes)
-        : "memory");
-  }
+  if (lane == 0) arrive_expecting(barrier, bytes);
   __syncwarp();
 #endif
 }
@@ -139,7 +105,7 @@ __device__ __forceinline__ void copy_runs(uint32_t barrier, uint32_t target, int
 // After the last copy of a stage.
 __device__ __forceinline__ void finish_copies(uint32_t barrier) {
 #if __CUDA_ARCH__ < 900
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+  arrive_when_copied(barrier);
 #endif
 }
 
@@ -361,9 +327,7 @@ __global__ void __launch_bounds__(
       init_barrier(full(slot), kFullArrivals);
       init_barrier(empty(slot), C::kWarps);
     }
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
+    publish_barriers();
   }
   allow_next_launch();
   __syncthreads();
@@ -412,7 +376,7 @@ __global__ void __launch_bounds__(
     int slot = 0;
     uint32_t parity = 0;
     for (int i = ahead; i < total; ++i) {
-      wait(empty(slot), parity);
+      wait_phase(empty(slot), parity);
       copy_weights(slot, block, step);
       copy_x(slot, step);
       if (++step == steps) step = 0, block += stride;
@@ -443,7 +407,7 @@ __global__ void __launch_bounds__(
       float acc[kRowTiles][kTokenTiles][4] = {};
       for (int step = 0; step < steps; ++step) {
         const uint8_t* stage = ring + slot * stage_bytes;
-        wait(full(slot), parity);
+        wait_phase(full(slot), parity);
         if (first_k + step * kKWarps + k_warp < last_k) {
 #pragma unroll(kUnrolledHalves)
           for (int half = 0; half < 2; ++half) {

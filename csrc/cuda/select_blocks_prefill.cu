@@ -13,13 +13,14 @@
 // of its page and the first slot of the next.
 #include <type_traits>
 
+#include "hopper.cuh"
 #include "prefill.h"
 
 namespace minicpm41 {
 namespace cuda {
 namespace {
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef MINICPM41_HAS_WGMMA
 constexpr bool kHasWgmma = true;
 #else
 constexpr bool kHasWgmma = false;
@@ -53,40 +54,6 @@ struct Shape {
       kStages * (kTileBytes + 2 * static_cast<int>(sizeof(uint64_t))) +
       kRows * kKeys * static_cast<int>(sizeof(uint32_t) + sizeof(int32_t));
 };
-
-// ---- barriers in shared memory ----
-
-__device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void arrive(uint32_t barrier) {
-  [[maybe_unused]] uint64_t state;
-  asm volatile("mbarrier.arrive.shared.b64 %0, [%1];" : "=l"(state) : "r"(barrier) : "memory");
-}
-// Counts the thread as arrived once all its copies so far have landed.
-__device__ __forceinline__ void arrive_when_copied(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void wait_for(uint32_t barrier, uint32_t phase) {
-  uint32_t is_done;
-  do {
-#if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{ .reg .pred done; mbarrier.try_wait.parity.shared.b64 done, [%1], %2; "
-        "selp.u32 %0, 1, 0, done; }"
-        : "=r"(is_done)
-        : "r"(barrier), "r"(phase)
-        : "memory");
-#else
-    asm volatile(
-        "{ .reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2; "
-        "selp.u32 %0, 1, 0, done; }"
-        : "=r"(is_done)
-        : "r"(barrier), "r"(phase)
-        : "memory");
-#endif
-  } while (!is_done);
-}
 
 // A ring of tiles: `full` when the loading warps' copies have landed, `empty` when every other warp
 // has read it.
@@ -256,7 +223,7 @@ __device__ __forceinline__ void load_tiles(const SelectBlocksParams& params, Rin
       next_page = look_up(part + 1);
       const bool is_whole = __all_sync(
           kAllLanes, has_page && first_slot > 0 && first_slot + kPart - kSlotsAtOnce <= last_slot);
-      if (part % kParts == 0) wait_for(ring.empty(), ring.phase ^ 1);
+      if (part % kParts == 0) wait_phase(ring.empty(), ring.phase ^ 1);
       const uint32_t part_target = ring.tile() + part % kParts * (kPart / 2 * kLineBytes) + target;
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
@@ -284,7 +251,7 @@ __device__ __forceinline__ void load_tiles(const SelectBlocksParams& params, Rin
 
 // scores[4 n + 2 r + e] is of head lane / 4 + 8 r and row 8 n + 2 (lane % 4) + e of `rows`.
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef MINICPM41_HAS_WGMMA
 #define MINICPM41_EIGHT(i)                                                                    \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -318,18 +285,18 @@ __device__ __forceinline__ void wgmma_64x128x16(float (&d)[2 * kScores], const u
 template <typename T>
 __device__ __forceinline__ void multiply_tile(float (&d)[2 * kScores],
                                               const uint32_t (&q)[kKSteps][4], uint32_t rows) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef MINICPM41_HAS_WGMMA
   // Lines of 128 bytes, swizzled in groups of 8: 1024 bytes from one group to the next.
   const uint64_t descriptor = uint64_t{(rows & 0x3ffff) >> 4} | uint64_t{1} << 16 |
                               uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what cp.async wrote
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  publish_writes();  // wgmma reads what cp.async wrote
+  begin_products();
 #pragma unroll
   for (int step = 0; step < kKSteps; ++step) {
     const int offset = step / 4 * (kTileBytes / 2) + step % 4 * 32;
     wgmma_64x128x16<T>(d, q[step], descriptor + (offset >> 4), step > 0);
   }
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  end_products();
   asm volatile("wgmma.wait_group.sync.aligned 0;" : MINICPM41_SCORES::"memory");
 #undef MINICPM41_WGMMA
 #undef MINICPM41_SCORES
@@ -374,7 +341,7 @@ __device__ __forceinline__ void for_each_tile(Ring<kWgmma>& ring, const uint32_t
   };
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
-    wait_for(ring.full(), ring.phase);
+    wait_phase(ring.full(), ring.phase);
     if constexpr (kWgmma) {
       float scores[2 * kScores];
       multiply_tile<T>(scores, q, ring.tile());
@@ -853,19 +820,17 @@ __global__ void __launch_bounds__(kWgmma == kHasWgmma ? Shape<kWgmma>::kThreads 
         init_barrier(ring.barriers + stage * 16, Shape<kWgmma>::kLoadThreads);
         init_barrier(ring.barriers + stage * 16 + 8, kRows);
       }
-#if __CUDA_ARCH__ >= 900
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
+      publish_barriers();
     }
     __syncthreads();
     if (threadIdx.x >= kRows * kWarpSize) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+#ifdef MINICPM41_HAS_WGMMA
+      shrink_registers<24>();
 #endif
       load_tiles<kWgmma>(params, ring);
     } else {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+#ifdef MINICPM41_HAS_WGMMA
+      grow_registers<160>();
 #endif
       select_rows<T, kWgmma>(params, ring, keys);
     }
