@@ -81,6 +81,17 @@ __device__ __forceinline__ void wait_phase(uint64_t* barrier, int parity) {
 #endif
 }
 
+// ---- barriers of some warps of a block, which the hardware numbers ----
+
+// Waits for `threads` threads; other warps of the block do not take part.
+__device__ __forceinline__ void sync_named(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Counts among those threads without waiting.
+__device__ __forceinline__ void arrive_named(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // ---- numbers for another block of the cluster, which a barrier of that block counts ----
 
 // The address of the same variable in block `rank`.

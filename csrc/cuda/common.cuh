@@ -222,6 +222,18 @@ struct Pair<__nv_bfloat16> {
   }
 };
 
+// Adds the eight numbers of a chunk of a row.
+template <typename T>
+__device__ __forceinline__ void add_chunk(const uint4& chunk, float (&sums)[8]) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(&chunk);
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {
+    const float2 pair = Pair<T>::unpack(words[word]);
+    sums[2 * word] += pair.x;
+    sums[2 * word + 1] += pair.y;
+  }
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

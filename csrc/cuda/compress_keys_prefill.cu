@@ -35,15 +35,7 @@ __device__ __forceinline__ void sum_strip(const T* keys, int lane, float (&sums)
 #pragma unroll
   for (int i = 0; i < 8; ++i) sums[i] = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kKernelStride / 2; ++i) {
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(&rows[i]);
-#pragma unroll
-    for (int word = 0; word < 4; ++word) {
-      const float2 pair = Pair<T>::unpack(words[word]);
-      sums[2 * word] += pair.x;
-      sums[2 * word + 1] += pair.y;
-    }
-  }
+  for (int i = 0; i < kKernelStride / 2; ++i) add_chunk<T>(rows[i], sums);
 #pragma unroll
   for (int i = 0; i < 8; ++i) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], 16);
 }

@@ -10,6 +10,18 @@ namespace cuda {
 Status sparse_decode_sm90(const SparseAttentionParams& params, const Device& device, void* stream);
 bool has_sparse_decode_sm90(const Device& device);
 
+// The warps that compute: each scores 8 keys of a block and sums 16 dimensions of its values.
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kWarpKeys = kBlockSize / kWarps;
+constexpr int kWarpDims = kHeadDim / kWarps;
+static_assert(kWarpKeys == 8 && kWarpDims == 16, "one n-tile of keys, two of dimensions a warp");
+// A list is cut into lanes by its length alone; four of them are merged at a time.
+constexpr int kLanes = 16;
+constexpr int kGroupLanes = 4;
+constexpr int kTileBytes = kBlockSize * kRowBytes;
+constexpr int kQStride = kRowBytes + kChunkBytes;
+
 // Whether a dense row may be so much longer than the others that every list is cut as far as it
 // goes.
 inline bool has_long_rows(const SparseAttentionParams& params) {

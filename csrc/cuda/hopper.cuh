@@ -51,12 +51,17 @@ inline Status encode_page_map(const char* op, const void* cache, int num_pages, 
           std::to_string(result)};
 }
 
-#ifdef MINICPM41_HAS_WGMMA
-
-// A barrier of `threads` threads that other warps of the block do not take part in.
-__device__ __forceinline__ void sync_named(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+// Whether this library holds a kernel of sm_90a for the current device: elsewhere it is compiled to
+// nothing, and then has no static shared memory either.
+template <typename Kernel>
+bool holds_kernel(Kernel kernel) {
+  cudaFuncAttributes attributes = {};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  cudaGetLastError();  // not sticky: the next launch must not find it
+  return error == cudaSuccess && attributes.sharedSizeBytes > 0;
 }
+
+#ifdef MINICPM41_HAS_WGMMA
 
 // ---- copies ----
 

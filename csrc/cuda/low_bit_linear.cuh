@@ -109,13 +109,6 @@ __device__ __forceinline__ void finish_copies(uint32_t barrier) {
 #endif
 }
 
-__device__ __forceinline__ void sync_warps(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void arrive_warps(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // The blocks of a cluster meet, and what each wrote before is visible to all.
 __device__ __forceinline__ void meet_cluster() {
 #if __CUDA_ARCH__ >= 900
@@ -500,10 +493,10 @@ __global__ void __launch_bounds__(
       constexpr int kSumsRead = 2;
       if (kKWarps > 1) {
         if (k_warp > 0) {
-          if (block != first_block) sync_warps(kSumsRead, C::kConsumers);
+          if (block != first_block) sync_named(kSumsRead, C::kConsumers);
           for_fragments([&](int f, const float (&sum)[4]) { put(sum_address(k_warp, f), sum); });
         }
-        sync_warps(kSumsReady, C::kConsumers);
+        sync_named(kSumsReady, C::kConsumers);
       }
       const auto store = [&](int f, const float (&sum)[4]) {
         T* out = static_cast<T*>(params.out);
@@ -535,7 +528,7 @@ __global__ void __launch_bounds__(
             put(sum_address(1, f), sum);
           }
         });
-        if (kKWarps > 1 && block + stride < blocks) arrive_warps(kSumsRead, C::kConsumers);
+        if (kKWarps > 1 && block + stride < blocks) arrive_named(kSumsRead, C::kConsumers);
       }
       // A cluster works on one block of rows; each rank adds up its share of the fragments.
       if (ranks > 1) {

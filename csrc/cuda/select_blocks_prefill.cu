@@ -404,6 +404,19 @@ struct LogSumExp {
 
 // ---- scores of blocks ----
 
+// Lanes that differ in bit `lanes` combine their columns and keep half of them each.
+template <int kCount, typename Op>
+__device__ __forceinline__ void halve_columns(const float (&columns)[2 * kCount],
+                                              float (&out)[kCount], int lane, int lanes, Op op) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const bool is_upper = lane & lanes;
+    const float sent = is_upper ? columns[i] : columns[i + kCount];
+    const float kept = is_upper ? columns[i + kCount] : columns[i];
+    out[i] = op(kept, __shfl_xor_sync(kAllLanes, sent, lanes));
+  }
+}
+
 // Combines the columns of the eight threads that hold the other heads; lane l keeps those of block
 // l of the tile.
 template <typename Op>
@@ -411,27 +424,9 @@ __device__ __forceinline__ void reduce_columns(const float (&columns)[kColumns],
                                                float (&out)[kSums], int lane, Op op) {
   float half[kColumns / 2];
   float quarter[kColumns / 4];
-#pragma unroll
-  for (int i = 0; i < kColumns / 2; ++i) {
-    const bool is_upper = lane & 16;
-    const float sent = is_upper ? columns[i] : columns[i + kColumns / 2];
-    const float kept = is_upper ? columns[i + kColumns / 2] : columns[i];
-    half[i] = op(kept, __shfl_xor_sync(kAllLanes, sent, 16));
-  }
-#pragma unroll
-  for (int i = 0; i < kColumns / 4; ++i) {
-    const bool is_upper = lane & 8;
-    const float sent = is_upper ? half[i] : half[i + kColumns / 4];
-    const float kept = is_upper ? half[i + kColumns / 4] : half[i];
-    quarter[i] = op(kept, __shfl_xor_sync(kAllLanes, sent, 8));
-  }
-#pragma unroll
-  for (int i = 0; i < kSums; ++i) {
-    const bool is_upper = lane & 4;
-    const float sent = is_upper ? quarter[i] : quarter[i + kSums];
-    const float kept = is_upper ? quarter[i + kSums] : quarter[i];
-    out[i] = op(kept, __shfl_xor_sync(kAllLanes, sent, 4));
-  }
+  halve_columns(columns, half, lane, 16, op);
+  halve_columns(half, quarter, lane, 8, op);
+  halve_columns(quarter, out, lane, 4, op);
 }
 
 // The way back: every thread gets the value of each of its columns.

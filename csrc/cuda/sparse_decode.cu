@@ -15,20 +15,11 @@ namespace minicpm41 {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kLanes = 16;
-constexpr int kGroupLanes = 4;
 constexpr int kChunkBlocks = 6;
-constexpr int kTileBytes = kBlockSize * kRowBytes;
-constexpr int kWarpKeys = kBlockSize / kWarps;
-constexpr int kWarpDims = kHeadDim / kWarps;
 // Padded by one ldmatrix row, so that eight rows fall into different banks.
 constexpr int kWeightStride = kChunkBlocks * kBlockSize + kChunkBytes / 2;
-constexpr int kQStride = kRowBytes + kChunkBytes;
 constexpr int kWeightBytes = kGroupSize * kWeightStride * 2;
 constexpr int kPartFloats = kGroupSize * kHeadDim + 2 * kGroupSize;  // output, maxima and sums
-static_assert(kWarpKeys == 8 && kWarpDims == 16, "one n-tile of keys, two of dimensions a warp");
 
 // A thread's partial result in shared memory, for the one that is seldom needed: registers are
 // short.

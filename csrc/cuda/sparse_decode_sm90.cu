@@ -19,23 +19,14 @@ namespace minicpm41 {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = 8;  // that compute
-constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kLoaders = 2;  // warps that bring tiles, in turn
 constexpr int kAllThreads = kThreads + kLoaders * kWarpSize;
-constexpr int kLanes = 16;
-constexpr int kGroupLanes = 4;
 constexpr int kChunkBlocks = 4;
-constexpr int kTileBytes = kBlockSize * kRowBytes;
-constexpr int kWarpKeys = kBlockSize / kWarps;
-constexpr int kWarpDims = kHeadDim / kWarps;
 // Padded by one ldmatrix row, so that eight rows fall into different banks.
 constexpr int kWeightStride = kChunkBlocks * kBlockSize + kChunkBytes / 2;
-constexpr int kQStride = kRowBytes + kChunkBytes;
 constexpr int kMaxStages = 12;
 constexpr int kMinStages = kChunkBlocks + 1;
 static_assert(kGroupSize == 1 << 4, "see heads_log2");
-static_assert(kWarpKeys == 8 && kWarpDims == 16, "one n-tile of keys, two of dimensions a warp");
 
 // What thread blocks that share a row send to the one that merges `heads` of its heads: a lane each
 // where 8 or 16 share it, else a group of lanes each.
@@ -641,13 +632,7 @@ cudaError_t launch_decode(const SparseAttentionParams& params, const LaunchShape
 // Compiled for any other architecture the kernel is empty and has no shared memory of its own.
 bool has_sparse_decode_sm90(const Device& device) {
   if (device.major != 9) return false;
-  static const bool is_built = [] {
-    cudaFuncAttributes attributes = {};
-    const cudaError_t error =
-        cudaFuncGetAttributes(&attributes, sparse_decode_sm90_kernel<__nv_bfloat16>);
-    cudaGetLastError();
-    return error == cudaSuccess && attributes.sharedSizeBytes > 0;
-  }();
+  static const bool is_built = holds_kernel(sparse_decode_sm90_kernel<__nv_bfloat16>);
   return is_built;
 }
 

@@ -418,13 +418,7 @@ using Kernel = void (*)(SparseAttentionParams, CUtensorMap, CUtensorMap);
 
 // Compiled for any other architecture the kernel is empty and has no shared memory of its own.
 bool has_sparse_prefill_sm90() {
-  static const bool is_built = [] {
-    cudaFuncAttributes attributes = {};
-    const Kernel kernel = sparse_prefill_sm90_kernel<__nv_bfloat16>;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-    cudaGetLastError();
-    return error == cudaSuccess && attributes.sharedSizeBytes > 0;
-  }();
+  static const bool is_built = holds_kernel(sparse_prefill_sm90_kernel<__nv_bfloat16>);
   return is_built;
 }
 
