@@ -76,24 +76,22 @@ def choose_quantization(
     """
     sidecar = read_sidecar(folder)
     named, name = _asked_name(asked)
+    passed_on = None
     if isinstance(asked, Mapping) and (name in HOST_METHODS or _is_kv_cache_only(asked)):
-        if sidecar is not None:
-            raise UsageError(
-                f"{named} is {name!r}, but the checkpoint's weights are stored as "
-                f"{sidecar.method}: leave {named} out"
-            )
-        return dict(asked)
-    if name is not None and name not in METHODS:
+        passed_on = dict(asked)
+    if passed_on is None and name is not None and name not in METHODS:
         raise UsageError(
             f"{named} is {name!r}, wanted one of {', '.join(METHODS)}, or for FastDeploy's own "
             f"methods {' or '.join(HOST_METHODS)}: correct it, or leave it out for 16-bit weights"
         )
+    if sidecar is not None and name not in (None, sidecar.method):
+        raise UsageError(
+            f"{named} is {name!r}, but the checkpoint's weights are stored as {sidecar.method}: "
+            f"leave {named} out"
+        )
+    if passed_on is not None:
+        return passed_on
     if sidecar is not None:
-        if name not in (None, sidecar.method):
-            raise UsageError(
-                f"{named} is {name!r}, but the checkpoint's weights are stored as "
-                f"{sidecar.method}: leave {named} out"
-            )
         _check_shards(config, sidecar.modules, tensor_parallel_size, tile)
         if sm_version is not None and sidecar.method in FP8_INSTEAD:
             check_fp8(sidecar.method, sm_version)
