@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import oracle
@@ -11,10 +12,12 @@ from numpy.typing import NDArray
 
 import capi
 from accuracy import assert_selection, assert_within_budget, same_dtype_attention
-from cases import DTYPES, Step, load_windows
+from cases import DTYPES, TRUE_GEOMETRY, Geometry, Step, load_windows, make_step
 
 TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 NOT_WRITTEN = -7
+BF16 = replace(TRUE_GEOMETRY, dtype="bfloat16")
+FP16 = replace(TRUE_GEOMETRY, dtype="float16")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Sizes:
     dense_len: int = 8192
 
 
+PUBLISHED = Sizes()
 # Budget 6: sparsity starts at 385 tokens of context, and a row chooses 3 blocks of those it may.
 SMALL = Sizes(1, 1, 6, -1)
 
@@ -70,6 +74,32 @@ def compress(step: Step, compress_from: list[int] | None = None) -> None:
         start = torch.tensor(compress_from, dtype=torch.int32, device="cuda")
     capi.run_cuda(capi.compress_keys_params(step, start), stream())
     torch.cuda.synchronize()
+
+
+def ready(
+    requests: list[tuple[int, int]], geometry: Geometry = BF16, **kwargs: Any
+) -> tuple[Step, Step]:
+    """A step here and on the GPU, its compressed keys written by the GPU."""
+    host = make_step(requests, geometry, **kwargs)
+    gpu = on_gpu(host)
+    compress(gpu, [0] * len(host.requests))
+    return host, gpu
+
+
+def window(gpu: Step, first: int, count: int) -> Step:
+    """Rows ``first ..`` of a step as a call of their own, cu_seqlens_q shifted."""
+    return replace(
+        gpu,
+        batch_id_per_token=gpu.batch_id_per_token[first : first + count].clone(),
+        cu_seqlens_q=gpu.cu_seqlens_q - first,
+        q=gpu.q[first : first + count].clone(),
+    )
+
+
+def same_bits(got: NDArray, wanted: NDArray, what: str = "") -> None:
+    np.testing.assert_array_equal(
+        np.ascontiguousarray(got).view(np.uint8), np.ascontiguousarray(wanted).view(np.uint8), what
+    )
 
 
 class Launches:

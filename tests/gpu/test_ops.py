@@ -11,17 +11,22 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import oracle  # noqa: E402
 from gpu_ops import (  # noqa: E402
+    BF16,
+    FP16,
+    PUBLISHED,
     SMALL,
     Launches,
-    Sizes,
     assert_step,
     compress,
     download,
     from_gpu,
     on_gpu,
+    ready,
     run_step,
+    same_bits,
     stream,
     upload,
+    window,
 )
 
 import capi  # noqa: E402
@@ -32,33 +37,15 @@ from accuracy import (  # noqa: E402
 )
 from cases import (  # noqa: E402
     DTYPES,
-    TRUE_GEOMETRY,
     WINDOW_LENGTHS,
     Step,
     load_windows,
     make_step,
 )
 
-BF16 = replace(TRUE_GEOMETRY, dtype="bfloat16")
-FP16 = replace(TRUE_GEOMETRY, dtype="float16")
 ONE_KV_HEAD = replace(BF16, num_q_heads=16, num_kv_heads=1)
 FOUR_KV_HEADS = replace(BF16, num_q_heads=64, num_kv_heads=4)
 GEOMETRIES = [BF16, FP16, ONE_KV_HEAD, FOUR_KV_HEADS]
-PUBLISHED = Sizes()
-
-
-def ready(requests: list[tuple[int, int]], geometry=BF16, **kwargs) -> tuple[Step, Step]:
-    """A step here and on the GPU, its compressed keys written by the GPU."""
-    host = make_step(requests, geometry, **kwargs)
-    gpu = on_gpu(host)
-    compress(gpu, [0] * len(host.requests))
-    return host, gpu
-
-
-def same_bits(got: np.ndarray, wanted: np.ndarray, what: str = "") -> None:
-    np.testing.assert_array_equal(
-        np.ascontiguousarray(got).view(np.uint8), np.ascontiguousarray(wanted).view(np.uint8), what
-    )
 
 
 def alone(step: Step, request: int) -> Step:
@@ -275,13 +262,7 @@ def test_windows_of_rows_equal_the_step_bitwise(num_rows: int) -> None:
     whole = run_step(gpu, SMALL)
     for first in range(0, gpu.num_tokens, num_rows):
         rows = slice(first, min(first + num_rows, gpu.num_tokens))
-        part = replace(
-            gpu,
-            batch_id_per_token=gpu.batch_id_per_token[rows],
-            cu_seqlens_q=gpu.cu_seqlens_q - first,
-            q=gpu.q[rows],
-        )
-        launches = Launches(part, SMALL)
+        launches = Launches(window(gpu, first, num_rows), SMALL)
         for params in (launches.select, launches.attend):
             params.batch.max_query_len = 600
             capi.run_cuda(params, stream())

@@ -11,17 +11,27 @@ from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from gpu_ops import SMALL, Sizes, assert_output, download, on_gpu, stream, upload  # noqa: E402
+from gpu_ops import (  # noqa: E402
+    BF16,
+    FP16,
+    PUBLISHED,
+    SMALL,
+    Sizes,
+    assert_output,
+    download,
+    on_gpu,
+    same_bits,
+    stream,
+    upload,
+    window,
+)
 
 import capi  # noqa: E402
-from cases import HUGE, TRUE_GEOMETRY, WINDOW_LENGTHS, Step, make_step  # noqa: E402
+from cases import HUGE, WINDOW_LENGTHS, Step, make_step  # noqa: E402
 
-BF16 = replace(TRUE_GEOMETRY, dtype="bfloat16")
-FP16 = replace(TRUE_GEOMETRY, dtype="float16")
 ONE_KV_HEAD = replace(BF16, num_q_heads=16, num_kv_heads=1)
 FOUR_KV_HEADS = replace(FP16, num_q_heads=64, num_kv_heads=4)
 GEOMETRIES = [BF16, FP16, ONE_KV_HEAD, FOUR_KV_HEADS]
-PUBLISHED = Sizes()
 # Requests of fewer tokens are decode rows, which other kernels serve.
 PREFILL = 16
 
@@ -119,22 +129,6 @@ def check(
     lists = random_lists(host, sizes, kept=kept)
     result = attend(on_gpu(host), lists, sizes.dense_len)
     assert_rows(host, lists, sizes.dense_len, result, most)
-
-
-def same_bits(got: NDArray, wanted: NDArray, what: str = "") -> None:
-    np.testing.assert_array_equal(
-        np.ascontiguousarray(got).view(np.uint8), np.ascontiguousarray(wanted).view(np.uint8), what
-    )
-
-
-def window(gpu: Step, first: int, count: int) -> Step:
-    """Rows ``first ..`` of a step as a call of their own, cu_seqlens_q shifted."""
-    return replace(
-        gpu,
-        batch_id_per_token=gpu.batch_id_per_token[first : first + count].clone(),
-        cu_seqlens_q=gpu.cu_seqlens_q - first,
-        q=gpu.q[first : first + count].clone(),
-    )
 
 
 # ---- lengths, chunks, batches ----

@@ -13,36 +13,27 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import oracle  # noqa: E402
 from gpu_ops import (  # noqa: E402
+    BF16,
+    FP16,
     NOT_WRITTEN,
+    PUBLISHED,
     SMALL,
     TORCH_DTYPES,
     Sizes,
     compress,
     download,
     from_gpu,
-    on_gpu,
+    ready,
     stream,
+    window,
 )
 
 import capi  # noqa: E402
 from accuracy import assert_selection  # noqa: E402
-from cases import HUGE, TRUE_GEOMETRY, Geometry, Request, Step, load_windows, make_step  # noqa: E402
+from cases import HUGE, Geometry, Request, Step, load_windows  # noqa: E402
 
-BF16 = replace(TRUE_GEOMETRY, dtype="bfloat16")
-FP16 = replace(TRUE_GEOMETRY, dtype="float16")
 GEOMETRIES = [BF16, FP16, replace(BF16, num_q_heads=16, num_kv_heads=1)]
-PUBLISHED = Sizes()
 ALWAYS = replace(PUBLISHED, dense_len=-1)
-
-
-def ready(
-    requests: list[tuple[int, int]], geometry: Geometry = BF16, **kwargs
-) -> tuple[Step, Step]:
-    """A step here and on the GPU, its compressed keys written by the GPU."""
-    host = make_step(requests, geometry, **kwargs)
-    gpu = on_gpu(host)
-    compress(gpu, [0] * len(host.requests))
-    return host, gpu
 
 
 def long_prompt(length: int, seed: int = 0) -> Step:
@@ -248,12 +239,7 @@ def test_windows_of_rows_equal_the_step(num_rows: int) -> None:
     whole = select(gpu, SMALL)
     for first in range(0, gpu.num_tokens, num_rows):
         rows = slice(first, min(first + num_rows, gpu.num_tokens))
-        part = replace(
-            gpu,
-            batch_id_per_token=gpu.batch_id_per_token[rows],
-            cu_seqlens_q=gpu.cu_seqlens_q - first,
-            q=gpu.q[rows],
-        )
+        part = window(gpu, first, num_rows)
         np.testing.assert_array_equal(select(part, SMALL, 600), whole[:, rows], f"rows {rows}")
 
 
