@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import paddle
+import pytest
 from numpy.typing import NDArray
 
 import capi
@@ -16,6 +19,19 @@ from fd_minicpm41.reference import attention as reference
 # Budget 6: sparsity starts at 385 tokens of context, and a row chooses 3 blocks of those it may.
 SMALL = SparseConfig(init_blocks=1, window_size=64, topk=5, dense_len=-1)
 NOT_WRITTEN = -7
+
+
+@contextmanager
+def instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Asks for an instruction set from now on, and skips the test if the first ops run inside are
+    refused for want of it. Every machine has the baseline, and any other refusal is a failure."""
+    monkeypatch.setenv("FD_MINICPM41_CPU_ISA", name)
+    try:
+        yield
+    except capi.KernelError as refusal:
+        if name == "baseline" or "FD_MINICPM41_CPU_ISA" not in str(refusal):
+            raise
+        pytest.skip(f"this machine or build has no {name}: {refusal}")
 
 
 def tensor(array: NDArray) -> paddle.Tensor:
