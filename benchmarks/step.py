@@ -42,6 +42,7 @@ LAYERS, HIDDEN, FFN, VOCABULARY = 32, 4096, 16384, 73448
 QKV = (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM
 EMBEDDING_SCALE, LOGIT_SCALE = 12.0, 256 / HIDDEN
 RESIDUAL_SCALE = 1.4 / LAYERS**0.5
+EPSILON = 1e-6
 # Rows of a prompt that the products take together.
 PRODUCT_ROWS = 16384
 SIZES = Sizes()
@@ -64,6 +65,19 @@ BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTEN
 
 def stream() -> int:
     return torch.cuda.current_stream().cuda_stream
+
+
+@torch.compile(dynamic=True)
+def add_and_norm(x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Adds the scaled branch to the residual ``x`` in place; one launch, as in a server."""
+    x.add_(branch, alpha=RESIDUAL_SCALE)
+    return rms_norm(x, (HIDDEN,), weight, EPSILON)
+
+
+@torch.compile(dynamic=True)
+def gated(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu(gate) * up
 
 
 class Linear:
@@ -130,9 +144,6 @@ class Model:
         )
         self.cos, self.sin = (f(angles).repeat(1, 2).contiguous() for f in (torch.cos, torch.sin))
 
-    def normed(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, (HIDDEN,), self.norm, 1e-6)
-
     def forward(
         self, tokens: torch.Tensor, attention: Callable[[int, torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
@@ -142,25 +153,24 @@ class Model:
             attention: layer and qkv ``[rows, QKV]``, not rotated, to ``[rows, HIDDEN]``.
         """
         x = self.embedding[tokens] * EMBEDDING_SCALE
-        pieces = range(0, len(x), PRODUCT_ROWS)
+        pieces = [slice(n, n + PRODUCT_ROWS) for n in range(0, len(x), PRODUCT_ROWS)]
+        normed = [rms_norm(x[piece], (HIDDEN,), self.norm, EPSILON) for piece in pieces]
         is_long = len(pieces) > 1
         qkv = torch.empty(len(x), QKV, dtype=x.dtype, device="cuda") if is_long else None
         for layer, (qkv_proj, o_proj, gate_up_proj, down_proj) in enumerate(self.layers):
             if qkv is None:
-                rotated = qkv_proj(self.normed(x))
+                rotated = qkv_proj(normed[0])
             else:
                 rotated = qkv
-                for n in pieces:
-                    part = slice(n, n + PRODUCT_ROWS)
-                    qkv[part] = qkv_proj(self.normed(x[part]))
+                for piece, rows in zip(pieces, normed, strict=True):
+                    qkv[piece] = qkv_proj(rows)
             out = attention(layer, rotated)
-            for n in pieces:
-                part = slice(n, n + PRODUCT_ROWS)
-                rows = x[part].add_(o_proj(out[part]), alpha=RESIDUAL_SCALE)
-                gate, up = gate_up_proj(self.normed(rows)).chunk(2, dim=-1)
-                rows.add_(down_proj(silu(gate).mul_(up)), alpha=RESIDUAL_SCALE)
-        last = x if len(x) <= MOST_DECODE_ROWS else x[-1:]
-        return self.head(self.normed(last) * LOGIT_SCALE)
+            for n, piece in enumerate(pieces):
+                rows = add_and_norm(x[piece], o_proj(out[piece]), self.norm)
+                rows = down_proj(gated(gate_up_proj(rows)))
+                normed[n] = add_and_norm(x[piece], rows, self.norm)
+        last = normed[0] if len(x) <= MOST_DECODE_ROWS else normed[-1][-1:]
+        return self.head(last * LOGIT_SCALE)
 
 
 @dataclass
