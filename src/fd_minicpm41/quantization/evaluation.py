@@ -104,7 +104,7 @@ def evaluate(
         for index in range(config.num_layers):
             for i, s in enumerate(sides):
                 layer = load_layer(config, s.load, index)
-                _round_inputs(layer, s.rounding)
+                round_inputs(layer, s.rounding)
                 hidden[i] = [runner(layer, x) for x in hidden[i]]
             if source is not None:
                 pairs = zip(hidden[0], hidden[1], strict=True)
@@ -153,7 +153,8 @@ def log_softmax(logits: paddle.Tensor) -> paddle.Tensor:
     return shifted - shifted.exp().sum(axis=-1, keepdim=True).log()
 
 
-def _round_inputs(layer: DecoderLayer, rounding: Rounding | None) -> None:
+def round_inputs(layer: DecoderLayer, rounding: Rounding | None) -> None:
+    """Makes the linear layers round what they read; ``None``: they take it as it is."""
     a, m = layer.self_attn, layer.mlp
     for linear in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj):
         linear.rounding = rounding

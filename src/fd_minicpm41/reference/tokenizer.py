@@ -84,17 +84,27 @@ class Tokenizer:
         return self._with_bos(self._pieces.encode(text))
 
     def encode_chat(
-        self, messages: Sequence[Message], enable_thinking: bool | None = None
+        self,
+        messages: Sequence[Message],
+        enable_thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of a conversation up to the start of the assistant's answer.
 
         Args:
             messages: objects with ``role`` and ``content``.
             enable_thinking: passed to the template; ``None`` leaves the template's own default.
+            tools: function descriptions as OpenAI's interface has them.
         """
-        return self._with_bos(self._pieces.encode(self.render_chat(messages, enable_thinking)))
+        text = self.render_chat(messages, enable_thinking, tools)
+        return self._with_bos(self._pieces.encode(text))
 
-    def render_chat(self, messages: Sequence[Message], enable_thinking: bool | None = None) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        enable_thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The conversation as the checkpoint's template writes it.
 
         Raises:
@@ -110,7 +120,7 @@ class Tokenizer:
             "add_generation_prompt": True,
             "bos_token": self._bos_token or "",
             "eos_token": self._eos_token or "",
-            "tools": None,
+            "tools": None if tools is None else [dict(tool) for tool in tools],
         }
         if enable_thinking is not None:
             values["enable_thinking"] = enable_thinking
