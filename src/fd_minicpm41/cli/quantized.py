@@ -145,8 +145,7 @@ def run_eval(args: argparse.Namespace) -> int:
     """Prints the means over the text."""
     prepare_paddle()
     from fd_minicpm41.config import MiniCPMConfig
-    from fd_minicpm41.quantization.evaluation import Side, evaluate, round_fp8_blocks
-    from fd_minicpm41.quantization.evaluation import round_fp8_groups as round_groups
+    from fd_minicpm41.quantization.evaluation import Side, evaluate
     from fd_minicpm41.quantization.streaming import choose_device, read_windows
     from fd_minicpm41.reference.checkpoint import Checkpoint
     from fd_minicpm41.reference.tokenizer import Tokenizer
@@ -162,13 +161,7 @@ def run_eval(args: argparse.Namespace) -> int:
         if checkpoint.sidecar is not None:
             raise UsageError("--simulate fp8 rounds unquantised weights: give such a --model")
 
-        load = side.load
-
-        def load_fp8(name: str) -> Any:
-            weight = load(name)
-            return round_fp8_blocks(weight) if name.endswith("_proj.weight") else weight
-
-        side = Side(load_fp8, checkpoint.is_tied, round_groups)
+        side = side.as_fp8()
     if args.source is not None:
         original = Checkpoint(args.source)
         original.check(config)

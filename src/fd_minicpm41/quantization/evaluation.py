@@ -81,6 +81,15 @@ class Side:
         rounding = {"w4a8": round_int8, "w4afp8": round_fp8_rows}.get(method or "")
         return cls(finite_loader(checkpoint.load, device), checkpoint.is_tied, rounding)
 
+    def as_fp8(self) -> Side:
+        """The same weights as a server makes them block-wise fp8, and the rounding of its input."""
+
+        def load(name: str) -> paddle.Tensor:
+            weight = self.load(name)
+            return round_fp8_blocks(weight) if name.endswith("_proj.weight") else weight
+
+        return Side(load, self.tied, round_fp8_groups)
+
 
 def evaluate(
     config: MiniCPMConfig,

@@ -1,0 +1,125 @@
+"""The prompts that a model is examined with, as token ids: the same ones for every engine.
+
+Needs neither Paddle nor PyTorch. Everything is drawn from the held-out split by a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import get_args
+
+from fd_minicpm41.errors import UsageError
+from fd_minicpm41.reference.tokenizer import Tokenizer
+from fd_minicpm41.small_model.tasks import Prompt, PromptKind, Question, make_prompt, make_retrieval
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+PROMPT_KINDS: tuple[PromptKind, ...] = get_args(PromptKind)
+SEED = 20261123
+
+# Facts of a document: at least this many, and one for so many tokens.
+LEAST_NEEDLES = 4
+TOKENS_A_NEEDLE = 512
+
+# Longer replies are cut: a retrieved sentence has about 20 tokens, the longest work about 90.
+ANSWER_TOKENS = 40
+REPLY_TOKENS = 160
+
+# A user's words may look like a marker of the template's; these do not.
+_MARK = "\u2042"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document that is read once, and what follows it for each of its questions."""
+
+    shared: list[int]
+    rests: list[list[int]]
+    questions: list[Question]
+
+
+@dataclass(frozen=True)
+class ShortPrompt:
+    """A prompt of another task, with what judges its reply."""
+
+    ids: list[int]
+    prompt: Prompt
+
+
+def needles_of(length: int, count: int) -> int:
+    """Facts in a document of ``length`` tokens where ``count`` questions are asked in all."""
+    return min(count, max(LEAST_NEEDLES, length // TOKENS_A_NEEDLE))
+
+
+def make_documents(
+    tokenizer: Tokenizer, paragraphs: Sequence[str], length: int, count: int, seed: int = SEED
+) -> list[Document]:
+    """Documents of ``length`` tokens with ``count`` questions about them.
+
+    Raises:
+        UsageError: a tokenizer that joins a document's end to what follows it.
+    """
+    rng = Random(f"{seed} {length}")
+    needles = needles_of(length, count)
+    documents = []
+    while count > 0:
+        made = make_retrieval(
+            rng, paragraphs, lambda text: len(_plain(tokenizer, text)), length, needles, "held_out"
+        )
+        asked = list(made.questions)
+        if len(asked) > count:
+            asked = sorted(rng.sample(asked, count), key=lambda question: question.depth)
+        # The conversation around the document, cut where its text ends.
+        marked = [{"role": "user", "content": made.prefix.rstrip() + _MARK}]
+        head, after = tokenizer.render_chat(marked, enable_thinking=False).split(_MARK)
+        gap = made.prefix[len(made.prefix.rstrip()) :]
+        rests = [_plain(tokenizer, gap + question.question + after) for question in asked]
+        shared = tokenizer.encode(head)
+        whole = tokenizer.encode_chat(made.messages(asked[0]), enable_thinking=False)
+        if whole != shared + rests[0]:
+            raise UsageError(
+                "the tokenizer joins the end of a document to the question after it, so that one "
+                "reading cannot serve all questions: give a checkpoint whose tokenizer keeps "
+                "lines apart"
+            )
+        documents.append(Document(shared, rests, asked))
+        count -= len(asked)
+    return documents
+
+
+def make_short_prompts(
+    tokenizer: Tokenizer, kind: PromptKind, count: int, seed: int = SEED
+) -> list[ShortPrompt]:
+    """Held-out prompts of a kind, all different."""
+    rng = Random(f"{seed} {kind}")
+    made: dict[tuple[int, ...], Prompt] = {}
+    while len(made) < count:
+        prompt = make_prompt(rng, kind, "held_out")
+        ids = tokenizer.encode_chat(prompt.messages, prompt.enable_thinking, prompt.tools)
+        made[tuple(ids)] = prompt
+    return [ShortPrompt(list(ids), prompt) for ids, prompt in made.items()]
+
+
+def make_windows(
+    tokenizer: Tokenizer, paragraphs: Sequence[str], length: int, count: int
+) -> list[list[int]]:
+    """``count`` windows of ``length`` tokens of prose, one after the other.
+
+    Raises:
+        UsageError: less prose than that.
+    """
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = _plain(tokenizer, "\n".join(paragraphs))
+    step = length - len(start)
+    if len(ids) < count * step:
+        raise UsageError(
+            f"the held-out prose has {len(ids)} tokens, wanted {count * step} for {count} windows "
+            f"of {length}: ask for fewer or shorter ones"
+        )
+    return [[*start, *ids[i * step : (i + 1) * step]] for i in range(count)]
+
+
+def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    ids = tokenizer.encode(text)
+    return ids[1:] if tokenizer.bos_id is not None else ids
