@@ -27,6 +27,7 @@ examples:
   fd-minicpm41 chat --model DIR
   fd-minicpm41 quantize --model DIR --out DIR2 --method wint4 --calib book.txt
   fd-minicpm41 eval --model DIR2 --source DIR --text another.txt
+  fd-minicpm41 eval --suite small --weights bf16 wint4
   fd-minicpm41 doctor
 
 Bad input is answered with one line on stderr and exit code 2.

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fd_minicpm41.cli import suite
 from fd_minicpm41.cli.quantize import draw_module_errors
 from fd_minicpm41.cli.runtime import byte_progress, counted, prepare_paddle, progress
 from fd_minicpm41.errors import UsageError
@@ -36,11 +37,11 @@ def add_parser(commands: Any) -> None:
         help="perplexity, and agreement with the source",
         description="Reads a text with the model, and with the checkpoint it was made from if "
         "that is given: perplexity, KL divergence, top-1 agreement. Two layers are in memory at a "
-        "time.",
+        "time. Or examines the small model: --suite small.",
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint, low-bit or not")
+    parser.add_argument("--model", metavar="DIR", help="checkpoint, low-bit or not")
     parser.add_argument("--source", metavar="DIR", help="checkpoint it was made from")
-    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to read")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to read")
     parser.add_argument(
         "--windows", type=int, metavar="N", help="windows of the text (default: all of it)"
     )
@@ -59,6 +60,7 @@ def add_parser(commands: Any) -> None:
         "--chart", metavar="FILE", help="draw the error of the hidden states by layer as PNG"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    suite.add_arguments(parser)
     parser.set_defaults(run=run_eval)
 
     parser = commands.add_parser(
@@ -142,8 +144,11 @@ def _print_levels(reports: dict[str, ModuleReport]) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    """Prints the means over the text."""
+    """Prints the means over the text, or what the suite found."""
+    suite.check(args)
     prepare_paddle()
+    if args.suite is not None:
+        return suite.run(args)
     from fd_minicpm41.config import MiniCPMConfig
     from fd_minicpm41.quantization.evaluation import Side, evaluate
     from fd_minicpm41.quantization.streaming import choose_device, read_windows
