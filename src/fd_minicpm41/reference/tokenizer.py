@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -125,7 +126,7 @@ class Tokenizer:
         if enable_thinking is not None:
             values["enable_thinking"] = enable_thinking
         try:
-            return _template_environment().from_string(self._template).render(values)
+            return _compiled(self._template).render(values)
         except TemplateError as error:
             raise UsageError(
                 f"the chat template fails ({type(error).__name__}: {error}): correct "
@@ -216,6 +217,11 @@ class _SentencePieces:
     def adds_bos(self, bos_id: int) -> bool:
         # Llama's tokenizer class, which such files are made for, adds one unless told not to.
         return True
+
+
+@cache
+def _compiled(template: str) -> Template:
+    return _template_environment().from_string(template)
 
 
 def _template_environment() -> ImmutableSandboxedEnvironment:
