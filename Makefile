@@ -13,7 +13,7 @@ NATIVE := $(wildcard csrc/*.h csrc/*.cc csrc/cpu/* csrc/cuda/* csrc/paddle/*)
 
 .PHONY: help
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 # Editable: Python files are used where they stand; the kernels are built once and after a change.
 $(INSTALLED): pyproject.toml CMakeLists.txt fd_minicpm41_autoload.pth $(NATIVE)
@@ -26,8 +26,12 @@ $(INSTALLED): pyproject.toml CMakeLists.txt fd_minicpm41_autoload.pth $(NATIVE)
 install: $(INSTALLED) ## Make .venv with the package and everything its tests need
 
 .PHONY: demo
-demo: $(INSTALLED) ## Answer a prompt with a real small model, dense and sparse, on this CPU
+demo: $(INSTALLED) ## Find facts, think and call a tool with the small trained model, on this CPU
 	$(BIN)/fd-minicpm41 demo $(DEMO_ARGS)
+
+.PHONY: demo-smollm2
+demo-smollm2: $(INSTALLED) ## Fetch SmolLM2-135M, which some tests use, and answer with it
+	$(BIN)/fd-minicpm41 demo --model smollm2 $(DEMO_ARGS)
 
 .PHONY: test
 test: $(INSTALLED) ## Run the tests that need neither GPU nor FastDeploy (ARGS=... go to pytest)
@@ -59,11 +63,11 @@ test-host: $(INSTALLED) ## Test on the real FastDeploy, on this CPU: FASTDEPLOY_
 	BUILD_PYTHON=$(BIN)/python tests/host/run.sh $(ARGS)
 
 .PHONY: accuracy
-accuracy: demo ## Measure what each weight format costs the demo model (half an hour)
+accuracy: demo-smollm2 ## Measure what each weight format costs SmolLM2 (half an hour)
 	$(BIN)/python benchmarks/quantization_smollm2.py
 
 .PHONY: parity-data
-parity-data: demo ## Record anew the greedy tokens of Hugging Face transformers for the demo model
+parity-data: demo-smollm2 ## Record anew the greedy tokens of Hugging Face transformers for SmolLM2
 	$(PYTHON) -m venv .venv-transformers
 	.venv-transformers/bin/pip install --quiet torch==2.13.0 transformers==5.23.0 gguf==0.19.0
 	.venv-transformers/bin/python tests/data/make_smollm2_greedy.py \

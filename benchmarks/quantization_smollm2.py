@@ -1,7 +1,7 @@
 """Accuracy of every weight format on a real model: SmolLM2-135M, through this package.
 
 Run from the repository root: ``make accuracy``, or ``python benchmarks/quantization_smollm2.py``.
-It quantises the demo's checkpoint (``make demo`` fetches it) by the same code as
+It quantises the demo's checkpoint (``make demo-smollm2`` fetches it) by the same code as
 ``fd-minicpm41 quantize``, reads 3 x 1024 tokens of Pride and Prejudice with both, and writes
 ``benchmarks/results/quantization_smollm2.json``. GPTQ calibrates on 3 x 1024 tokens of Sense and
 Sensibility. ``--rows`` measures some rows anew and keeps the others.
@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import paddle  # noqa: E402
 
-from fd_minicpm41.cli.demo import CHECKPOINT, GGUF_SHA256  # noqa: E402
+from fd_minicpm41.cli.demo_smollm2 import CHECKPOINT, GGUF_SHA256  # noqa: E402
 from fd_minicpm41.config import MiniCPMConfig  # noqa: E402
 from fd_minicpm41.quantization.evaluation import (  # noqa: E402
     Evaluation,

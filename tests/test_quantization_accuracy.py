@@ -2,7 +2,7 @@
 
 ``make accuracy`` measures the table anew (benchmarks/quantization_smollm2.py); here the record is
 held against what must hold, and the code against a slice that takes seconds: one short text, the
-first of the 30 layers. ``make demo`` fetches the model; FD_MINICPM41_DEMO_DIR names another folder.
+first of the 30 layers. ``make demo-smollm2`` fetches the model; FD_MINICPM41_DEMO_DIR names another folder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fd_minicpm41.cli.demo import CHECKPOINT, GGUF_SHA256
+from fd_minicpm41.cli.demo_smollm2 import CHECKPOINT, GGUF_SHA256
 from fd_minicpm41.config import MiniCPMConfig
 from fd_minicpm41.quantization.evaluation import Evaluation, Side, evaluate
 from fd_minicpm41.quantization.plan import Recipe
@@ -41,7 +41,7 @@ SLICES = {
 }
 
 needs_model = pytest.mark.skipif(
-    not FOLDER.is_dir(), reason=f"{FOLDER} is not there: `make demo` fetches it"
+    not FOLDER.is_dir(), reason=f"{FOLDER} is not there: `make demo-smollm2` fetches it"
 )
 
 

@@ -1,7 +1,7 @@
 """A real trained model through this package: the tokens that Hugging Face transformers gives.
 
 Both read SmolLM2-135M-Instruct.Q4_1.gguf, restored to fp32. How the expected tokens were made is in
-tests/data/make_smollm2_greedy.py and recorded beside them. ``make demo`` fetches the model;
+tests/data/make_smollm2_greedy.py and recorded beside them. ``make demo-smollm2`` fetches the model;
 FD_MINICPM41_DEMO_DIR names another folder than .demo.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fd_minicpm41.cli.demo import CHECKPOINT, GGUF_SHA256, TEXT
+from fd_minicpm41.cli.demo_smollm2 import CHECKPOINT, GGUF_SHA256, TEXT
 from fd_minicpm41.reference.checkpoint import load_model
 from fd_minicpm41.reference.model import ForCausalLM
 from fd_minicpm41.reference.sampling import generate
@@ -26,7 +26,7 @@ RECORD = json.loads((ROOT / "tests/data/smollm2_greedy.json").read_text("utf-8")
 CASES = {case["name"]: case for case in RECORD["cases"]}
 
 pytestmark = pytest.mark.skipif(
-    not FOLDER.is_dir(), reason=f"{FOLDER} is not there: `make demo` fetches it"
+    not FOLDER.is_dir(), reason=f"{FOLDER} is not there: `make demo-smollm2` fetches it"
 )
 
 

@@ -135,7 +135,7 @@ def test_published_128k_rope_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    not SMOLLM2.is_dir(), reason="the demo's checkpoint is not here: run make demo first"
+    not SMOLLM2.is_dir(), reason="SmolLM2 is not here: run make demo-smollm2 first"
 )
 def test_smollm2(tmp_path: Path) -> None:
     import os

