@@ -26,6 +26,13 @@ def main() -> int:
     prefill.add_argument("--out", type=Path, help="write the rows here as JSON")
     prefill.add_argument("--longest", type=int, default=131072, help="leave out longer prompts")
     prefill.add_argument("--repeats", type=int, default=20, help="runs that a median is of")
+    prefill.add_argument(
+        "--small-model",
+        type=Path,
+        metavar="DIR",
+        help="time this checkpoint's layers over prose in place of drawn prompts "
+        "(src/fd_minicpm41/small_model/checkpoint)",
+    )
     step = kinds.add_parser("step", help="the whole model: prompts and decode steps")
     step.add_argument("--out", type=Path, help="write the rows here as JSON")
     step.add_argument("--longest", type=int, default=131072, help="leave out longer contexts")

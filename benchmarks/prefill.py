@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import measure
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "gpu"), str(ROOT / "src")]
 from gpu_ops import NOT_WRITTEN, Sizes, assert_row, download  # noqa: E402
 
 import capi  # noqa: E402
@@ -42,6 +42,8 @@ TARGETS_MS = {32768: 9.5, 65536: 20.0, 131072: 45.0}
 TARGET_OF_DENSE = {16384: 1.15}
 # Independent prompts, against cuDNN.
 WORST_OF_DENSE = {32768: 1.3, 65536: 1.0, 131072: 1.0}
+# What the small model was trained on at most, and all its positions.
+SMALL_MODEL_LENGTHS = (16384, 32768)
 CHUNKED_LENGTH = 65536
 CHUNKS = (2048, 4096, 8192)
 CHUNKED_MARGIN = 1.15
@@ -54,7 +56,7 @@ SIZES = Sizes()
 class PrefillStep:
     """The launches of one step over tokens ``start .. end - 1`` of a prompt, ready to be run."""
 
-    def __init__(self, prompt: Prompt, out: torch.Tensor, start: int, end: int) -> None:
+    def __init__(self, prompt: Pages, out: torch.Tensor, start: int, end: int) -> None:
         query_len = end - start
         window = min(WINDOW_ROWS, query_len)
         self.topk_idx = torch.full(
@@ -157,7 +159,7 @@ def median_ms(run: Callable[[], None], repeats: int) -> float:
     return statistics.median(times)
 
 
-def check(prompt: Prompt, topk_idx: torch.Tensor, out: torch.Tensor) -> None:
+def check(prompt: Pages, topk_idx: torch.Tensor, out: torch.Tensor) -> None:
     """Holds sampled rows to the oracle, and every row to having been written."""
     assert bool((topk_idx[:, SIZES.dense_len :] >= 0).all()), "a list is not full"
     assert bool(torch.isfinite(out).all()), "not every output was written"
@@ -197,7 +199,7 @@ def flops_of_prompt(length: int) -> float:
     return float(2 * HEAD_DIM * Q_HEADS * (np.sum(windows * is_scored) + 2 * listed.sum()))
 
 
-def dense_ms(prompt: Prompt, repeats: int) -> dict[str, float]:
+def dense_ms(prompt: Pages, repeats: int) -> dict[str, float]:
     """cuDNN and FlashAttention-2 of PyTorch over the same queries, keys and values."""
     q = prompt.q.transpose(0, 1)[None]
     keys, values = (
@@ -221,15 +223,15 @@ def dense_ms(prompt: Prompt, repeats: int) -> dict[str, float]:
     return row
 
 
-def one_shot(length: int, is_correlated: bool, repeats: int) -> tuple[dict[str, Any], Any]:
+def one_shot(prompt: Pages, kind: str, repeats: int) -> tuple[dict[str, Any], Any]:
     """A row of the table, and what a chunked run of the same prompt is compared with."""
-    prompt = Prompt(length, is_correlated)
+    length = prompt.length
     out = torch.full_like(prompt.q, float("nan"))
     step = PrefillStep(prompt, out, 0, length)
     torch.cuda.synchronize()
     free_before = torch.cuda.mem_get_info()[0]
-    row: dict[str, Any] = {"kind": "correlated" if is_correlated else "independent"}
-    row |= {"length": length, "ours_ms": median_ms(step.run, repeats)}
+    row: dict[str, Any] = {"kind": kind, "length": length}
+    row["ours_ms"] = median_ms(step.run, repeats)
     hidden = free_before - torch.cuda.mem_get_info()[0]
     row |= step.parts_ms(repeats)
     timed = out.clone()
@@ -244,7 +246,7 @@ def one_shot(length: int, is_correlated: bool, repeats: int) -> tuple[dict[str, 
     return row, (prompt, topk_idx, out)
 
 
-def chunked(prompt: Prompt, topk_idx: torch.Tensor, out: torch.Tensor, size: int, repeats: int):
+def chunked(prompt: Pages, topk_idx: torch.Tensor, out: torch.Tensor, size: int, repeats: int):
     """All chunks of a prompt one after the other, and whether lists and outputs are the same."""
     parts = torch.full_like(out, float("nan"))
     steps = [
@@ -312,7 +314,7 @@ def hold_to_target(row: dict[str, Any]) -> None:
             abs(size / MEASURED_UNIONS[int(n)] - 1) <= UNION_MARGIN
             for n, size in row["unions"].items()
         )
-    elif length in WORST_OF_DENSE:
+    elif row["kind"] == "independent" and length in WORST_OF_DENSE:
         target = WORST_OF_DENSE[length] * row["cudnn_ms"]
     row["target_ms"] = target
     is_fast = target is None or row["ours_ms"] <= target
@@ -335,35 +337,67 @@ def print_row(row: dict[str, Any]) -> None:
     )
 
 
-def main(args: argparse.Namespace) -> int:
-    torch.manual_seed(0)
-    rate = measure.product_rate()
-    rows: list[dict[str, Any]] = [rebuild()]
-    torch.cuda.empty_cache()
-    print(
-        f"rebuild {REBUILD_LENGTH // 1024}K x {REBUILD_LAYERS} layers: "
-        f"{rows[0]['ours_ms']:.2f} ms, {rows[0]['bytes_per_second'] / 1e12:.2f} TB/s, "
-        f"target {REBUILD_MS}"
-    )
-    # Code is loaded at the first launch, and would count as extra memory.
-    small = Prompt(256, is_correlated=False)
-    PrefillStep(small, torch.empty_like(small.q), 0, small.length).run()
-    print(
-        f"{'prompt':12}{'':5}{'ours':>9}{'cuDNN':>9}{'FA2':>9}{'floor':>8}{'target':>8}"
-        f"{'gain':>8}  held  milliseconds"
-    )
-    for length in (n for n in LENGTHS if n <= args.longest):
+def own_unions(prompt: Pages, sizes: Sizes) -> dict[str, float]:
+    """``union_sizes`` of the lists that a model's own ``sparse_config`` gives."""
+    shape = (KV_HEADS, prompt.length, sizes.budget)
+    topk_idx = torch.full(shape, NOT_WRITTEN, dtype=torch.int32, device="cuda")
+    rows = prompt.rows(0, prompt.length, 0, prompt.length)
+    launches = [
+        capi.compress_keys_params(rows, torch.zeros(1, dtype=torch.int32, device="cuda")),
+        capi.select_blocks_params(rows, sizes, topk_idx),
+    ]
+    workspace = torch.empty(capi.workspace_cuda(launches[1]), dtype=torch.uint8, device="cuda")
+    launches[1].workspace = workspace.data_ptr()
+    launches[1].workspace_bytes = len(workspace)
+    for launch in launches:
+        capi.run_cuda(launch, torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+    return {str(n): size for n, size in union_sizes(topk_idx).items()}
+
+
+def small_model_prompts(folder: Path, repeats: int, rate: float) -> list[dict[str, Any]]:
+    """Rows of every layer of the small model over prose, with the published sizes; their lists
+    with the model's own sizes are counted as well."""
+    from fd_minicpm41.config import MiniCPMConfig
+    from small_model_prompt import LayerPrompt, activations
+
+    sparse = MiniCPMConfig.from_pretrained(folder).sparse
+    assert sparse is not None
+    own = Sizes(sparse.init_blocks, sparse.local_blocks, sparse.budget, sparse.dense_len)
+    rows = []
+    for length in SMALL_MODEL_LENGTHS:
+        dense: dict[str, float] = {}
+        for number, layer in enumerate(activations(folder, length, "cuda")):
+            prompt = LayerPrompt(layer)
+            row, _ = one_shot(prompt, "small model", repeats)
+            dense = dense or dense_ms(prompt, repeats)
+            row |= dense | {"floor_ms": flops_of_prompt(length) / rate * 1e3, "correct": True}
+            row |= {"layer": number, "own_budget": own.budget}
+            row["own_unions"] = own_unions(prompt, own)
+            hold_to_target(row)
+            rows.append(row)
+            print_row(row)
+            own_words = " ".join(f"{size:.0f}" for size in row["own_unions"].values())
+            print(f"  layer {number}; unions of its own {own.budget} blocks: {own_words}")
+    return rows
+
+
+def drawn_prompts(longest: int, repeats: int, rate: float) -> list[dict[str, Any]]:
+    """Rows of correlated and independent queries at every length, one of them in chunks too."""
+    rows = []
+    for length in (n for n in LENGTHS if n <= longest):
         dense: dict[str, float] = {}
         for is_correlated in (True, False):
-            row, made = one_shot(length, is_correlated, args.repeats)
-            dense = dense or dense_ms(made[0], args.repeats)
+            kind = "correlated" if is_correlated else "independent"
+            row, made = one_shot(Prompt(length, is_correlated), kind, repeats)
+            dense = dense or dense_ms(made[0], repeats)
             row |= dense | {"floor_ms": flops_of_prompt(length) / rate * 1e3, "correct": True}
             hold_to_target(row)
             rows.append(row)
             print_row(row)
             if is_correlated and length == CHUNKED_LENGTH:
                 for size in CHUNKS:
-                    part = chunked(*made, size, args.repeats)
+                    part = chunked(*made, size, repeats)
                     part["one_shot_ms"] = row["ours_ms"]
                     ratio = part["ours_ms"] / row["ours_ms"]
                     part["held"] = ratio <= CHUNKED_MARGIN and part["same_selection"]
@@ -377,6 +411,32 @@ def main(args: argparse.Namespace) -> int:
                     )
             del made
             torch.cuda.empty_cache()
+    return rows
+
+
+def main(args: argparse.Namespace) -> int:
+    torch.manual_seed(0)
+    rate = measure.product_rate()
+    # Code is loaded at the first launch, and would count as extra memory.
+    small = Prompt(256, is_correlated=False)
+    PrefillStep(small, torch.empty_like(small.q), 0, small.length).run()
+    rows: list[dict[str, Any]] = []
+    if args.small_model is None:
+        rows = [rebuild()]
+        torch.cuda.empty_cache()
+        print(
+            f"rebuild {REBUILD_LENGTH // 1024}K x {REBUILD_LAYERS} layers: "
+            f"{rows[0]['ours_ms']:.2f} ms, {rows[0]['bytes_per_second'] / 1e12:.2f} TB/s, "
+            f"target {REBUILD_MS}"
+        )
+    print(
+        f"{'prompt':12}{'':5}{'ours':>9}{'cuDNN':>9}{'FA2':>9}{'floor':>8}{'target':>8}"
+        f"{'gain':>8}  held  milliseconds"
+    )
+    if args.small_model is None:
+        rows += drawn_prompts(args.longest, args.repeats, rate)
+    else:
+        rows += small_model_prompts(args.small_model, args.repeats, rate)
     if args.out:
         result = {
             "what": "prefill, one layer, one prompt, bfloat16, 32 query heads, 2 kv heads, "
