@@ -136,6 +136,28 @@ def unions() -> str:
     )
 
 
+def small_model_prefill() -> str:
+    result = read("prefill_small_model")
+    counts = list(result["measured_unions"])
+    rows = rows_of(result, "small model")
+    times = table(
+        ("prompt, layer", "sparse step", "compress + select + attend", "cuDNN", "cuDNN / sparse")
+        + ("blocks listed together by " + ", ".join(counts), f"{rows[0]['own_budget']} each"),
+        (
+            (
+                f"{k(row['length'])}, {row['layer']}",
+                f"{row['ours_ms']:.2f}",
+                f"{row['compress_ms']:.2f} + {row['select_ms']:.2f} + {row['attend_ms']:.2f}",
+                f"{row['cudnn_ms']:.2f}",
+                f"{row['cudnn_ms'] / row['ours_ms']:.2f}",
+                *(", ".join(f"{row[u][n]:.0f}" for n in counts) for u in ("unions", "own_unions")),
+            )
+            for row in rows
+        ),
+    )
+    return f"{times}\n\nMilliseconds. {made_on(result)}"
+
+
 def chunks() -> str:
     result = read("prefill")
     lines = table(
@@ -336,6 +358,7 @@ MAKERS = (
     dense_rows,
     prefill,
     unions,
+    small_model_prefill,
     chunks,
     first_token,
     decode,
