@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -56,11 +57,13 @@ def test_a_document_and_what_follows_it_are_the_whole_prompt(tokenizer: Tokenize
     assert sum(len(d.questions) for d in documents) == 9
     for document in documents:
         text = tokenizer.decode(document.shared)
-        assert 1900 < len(document.shared) < 2200
+        assert 1800 < len(document.shared) < 2000
         for question, rest in zip(document.questions, document.rests, strict=True):
             name = question.question.rpartition("the ")[2].rstrip("?")
             assert text.count(question.answer) >= 2 and name in text
             assert question.question in tokenizer.decode(rest)
+            reply = tokenizer.encode(question.reply)
+            assert len(document.shared) + len(rest) + len(reply) <= 2048
             place = text.index(question.answer) / len(text)
             assert abs(place - question.depth) < 0.1
 
@@ -79,7 +82,7 @@ def test_the_tools_of_a_call_stand_in_its_prompt() -> None:
     from fd_minicpm41.hybrid_reasoning.chat_template import bundled_template
 
     assert "tools" in bundled_template()
-    prompt = make_prompt(__import__("random").Random(3), "tool_call", "held_out")
+    prompt = make_prompt(Random(3), "tool_call", "held_out")
     assert prompt.tools
 
 
@@ -113,7 +116,7 @@ def test_retrieval_is_counted_by_depth_and_kind() -> None:
 
 
 def test_a_form_and_an_answer_are_counted_apart() -> None:
-    prompts = [make_prompt(__import__("random").Random(n), "count", "held_out") for n in range(6)]
+    prompts = [make_prompt(Random(n), "count", "held_out") for n in range(6)]
     replies = [p.reply for p in prompts]
     row = scores.format_score(prompts, replies)
     assert row == {"prompts": 6, "well_formed": 6, "right": 6}

@@ -12,15 +12,27 @@ from typing import get_args
 
 from fd_minicpm41.errors import UsageError
 from fd_minicpm41.reference.tokenizer import Tokenizer
-from fd_minicpm41.small_model.tasks import Prompt, PromptKind, Question, make_prompt, make_retrieval
+from fd_minicpm41.small_model.tasks import (
+    ADJECTIVES,
+    NOUNS,
+    READ,
+    Prompt,
+    PromptKind,
+    Question,
+    make_prompt,
+    make_retrieval,
+)
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 PROMPT_KINDS: tuple[PromptKind, ...] = get_args(PromptKind)
 SEED = 20261123
 
-# Facts of a document: at least this many, and one for so many tokens.
-LEAST_NEEDLES = 4
-TOKENS_A_NEEDLE = 512
+# Facts of a document: one for so many tokens, within these bounds.
+TOKENS_A_NEEDLE = 384
+LEAST_NEEDLES, MOST_NEEDLES = 8, 32
+
+# Tokens that sentences may have more of together than apart, and names more than others.
+SPARE_TOKENS = 8
 
 # Longer replies are cut: a retrieved sentence has about 20 tokens, the longest work about 90.
 ANSWER_TOKENS = 40
@@ -49,23 +61,24 @@ class ShortPrompt:
 
 def needles_of(length: int, count: int) -> int:
     """Facts in a document of ``length`` tokens where ``count`` questions are asked in all."""
-    return min(count, max(LEAST_NEEDLES, length // TOKENS_A_NEEDLE))
+    return min(count, max(LEAST_NEEDLES, min(MOST_NEEDLES, length // TOKENS_A_NEEDLE)))
 
 
 def make_documents(
     tokenizer: Tokenizer, paragraphs: Sequence[str], length: int, count: int, seed: int = SEED
 ) -> list[Document]:
-    """Documents of ``length`` tokens with ``count`` questions about them.
+    """Documents with ``count`` questions about them in all; each prompt and its reply together have
+    at most ``length`` tokens, and not much less.
 
     Raises:
         UsageError: a tokenizer that joins a document's end to what follows it.
     """
     rng = Random(f"{seed} {length}")
-    needles = needles_of(length, count)
+    needles, room = needles_of(length, count), length - _other_tokens(tokenizer)
     documents = []
     while count > 0:
         made = make_retrieval(
-            rng, paragraphs, lambda text: len(_plain(tokenizer, text)), length, needles, "held_out"
+            rng, paragraphs, lambda text: len(_plain(tokenizer, text)), room, needles, "held_out"
         )
         asked = list(made.questions)
         if len(asked) > count:
@@ -86,6 +99,14 @@ def make_documents(
         documents.append(Document(shared, rests, asked))
         count -= len(asked)
     return documents
+
+
+def _other_tokens(tokenizer: Tokenizer) -> int:
+    """At least the tokens of a question, its reply and the conversation around the document."""
+    thing = f"{max(ADJECTIVES, key=len)} {max(NOUNS, key=len)}"
+    asked = [{"role": "user", "content": f"{READ}\n\nWhat is the pass key of the {thing}?"}]
+    reply = _plain(tokenizer, f"The pass key of the {thing} is Christopher Bennett.")
+    return len(tokenizer.encode_chat(asked, enable_thinking=False)) + len(reply) + SPARE_TOKENS
 
 
 def make_short_prompts(

@@ -27,7 +27,7 @@ RECIPES = {
 # The formats that are files of their own; fp8 is made of bf16 weights as they are loaded.
 STORED = tuple(RECIPES)
 
-CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 16, 1024
+CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 8, 1024
 CALIBRATION_SEED = 7
 
 
