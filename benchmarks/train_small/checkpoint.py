@@ -8,11 +8,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from fd_minicpm41.config import MiniCPMConfig
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
+from fd_minicpm41.config import MiniCPMConfig
 from train_small import tokenizer as tokenizers_of_ours
 
 HEAD_DIM = 128

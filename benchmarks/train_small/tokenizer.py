@@ -12,10 +12,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fd_minicpm41.hybrid_reasoning.chat_template import bundled_template
-from fd_minicpm41.small_model import tasks
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
+
+from fd_minicpm41.hybrid_reasoning.chat_template import bundled_template
+from fd_minicpm41.small_model import tasks
 
 VOCAB_SIZE = 2048
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"

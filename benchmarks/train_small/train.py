@@ -1,0 +1,485 @@
+"""Trains the small model on one NVIDIA GPU and examines it.
+
+    python benchmarks/train_small/train.py --out DIR --seed 0 --minutes 12
+
+All of it (drawing data, training, examination, export) ends within ``--minutes``. Training is saved
+every minute: the same command goes on where a killed run stopped. ``DIR`` then holds:
+``checkpoint/`` (the model in Hugging Face's form), ``scores.json``, ``log.jsonl``, ``run.json``
+(configuration and versions) and ``loss.png``, which needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fd_minicpm41.errors import UsageError
+from train_small import checkpoint, corpus, evaluate, tokenizer
+from train_small.data import IGNORED, PROSE, REPLY, VALUE, Batch, Feeder, Recipe, Writer
+from train_small.model import AttentionKind, Pass, SmallMiniCPM, initialise
+from train_small.plot import plot_loss
+
+SAVE_EVERY_S = 60.0
+NEEDED_GIB = 24
+MUON_LR, ADAM_LR, WEIGHT_DECAY = 4e-3, 4e-3, 0.05
+WARM_UP, DECAY_FROM = 0.02, 0.5
+# Mean losses of prose, replies and values in them are added with these weights.
+LOSS_WEIGHTS = {PROSE: 0.5, REPLY: 1.0, VALUE: 1.0}
+SELECTION_WEIGHT = 1.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of training.
+
+    Attributes:
+        until: it ends at this share of the training time.
+        mixture: recipe to its share of the steps.
+        attention: of recipes that are sparse or probed.
+    """
+
+    name: str
+    until: float
+    mixture: dict[str, float]
+    attention: AttentionKind = "dense"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that differs between a training and its rehearsal."""
+
+    recipes: dict[str, Recipe]
+    phases: tuple[Phase, ...]
+    tokens: int
+    # Recipes at least so long teach the selection, and are sparse in the last phase.
+    probed_from: int
+    probe_rows: int
+    questions: int
+    prompts: int
+    lengths: tuple[int, ...]
+    max_tokens: int
+    examination_share: float
+
+
+FULL = Plan(
+    recipes={
+        "512": Recipe(512, 0.65, 0.25),
+        "1k": Recipe(1024, 0.45, 0.4),
+        "2k": Recipe(2048, 0.85, 0.0),
+        "4k": Recipe(4096, 0.85, 0.0),
+        "8k": Recipe(8192, 0.85, 0.0),
+        "16k": Recipe(16384, 0.85, 0.0),
+    },
+    phases=(
+        Phase("short", 0.28, {"512": 0.5, "1k": 0.5}),
+        Phase("longer", 0.45, {"1k": 0.35, "2k": 0.3, "4k": 0.35}),
+        Phase("long", 0.68, {"1k": 0.3, "4k": 0.2, "8k": 0.25, "16k": 0.25}),
+        Phase("sparse", 1.0, {"1k": 0.3, "4k": 0.15, "8k": 0.25, "16k": 0.3}, "sparse"),
+    ),
+    tokens=65536,
+    probed_from=4096,
+    probe_rows=128,
+    questions=304,
+    prompts=500,
+    lengths=(1024, 2048, 4096, 8192, 16384),
+    max_tokens=120,
+    examination_share=0.18,
+)
+REHEARSAL = Plan(
+    recipes={"512": Recipe(512, 0.6, 0.4), "1k": Recipe(1024, 0.85, 0.0)},
+    phases=(
+        Phase("short", 0.3, {"512": 1.0}),
+        Phase("long", 0.6, {"512": 0.5, "1k": 0.5}),
+        Phase("sparse", 1.0, {"512": 0.3, "1k": 0.7}, "sparse"),
+    ),
+    tokens=1024,
+    probed_from=1024,
+    probe_rows=16,
+    questions=2,
+    prompts=5,
+    lengths=(512, 1024),
+    max_tokens=12,
+    examination_share=0.3,
+)
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """bf16 products on a GPU; a CPU, which is slower in bf16, keeps fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+class Trainer:
+    """A model with its optimisers, and how far it has come."""
+
+    def __init__(self, model: SmallMiniCPM, plan: Plan, seed: int) -> None:
+        self.model, self.plan, self.seed = model, plan, seed
+        named = dict(model.named_parameters())
+        matrices = [w for name, w in named.items() if "layers" in name and w.dim() == 2]
+        others = [w for name, w in named.items() if "layers" not in name or w.dim() != 2]
+        self.optimisers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(
+                matrices,
+                lr=MUON_LR,
+                weight_decay=WEIGHT_DECAY,
+                momentum=0.95,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+            torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+        self.elapsed = 0.0
+        self.steps = 0
+        self.starts = 0
+        self.device = model.lm_head.weight.device
+
+    def save(self, path: Path) -> None:
+        """Replaces the last save; a kill at any moment leaves a whole one."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "elapsed": self.elapsed,
+            "steps": self.steps,
+            "starts": self.starts,
+            "seed": self.seed,
+        }
+        fresh = path.with_suffix(".new")
+        torch.save(state, fresh)
+        os.replace(fresh, path)
+
+    def resume(self, path: Path) -> None:
+        """Goes on from a save.
+
+        Raises:
+            UsageError: a damaged file, or one of another seed.
+        """
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            for optimiser, held in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(held)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UsageError(
+                f"{path} cannot be resumed from ({reason}): delete it to train from the start"
+            ) from None
+        if state["seed"] != self.seed:
+            raise UsageError(
+                f"{path} was trained with seed {state['seed']}, wanted {self.seed}: give its seed, "
+                "or another --out"
+            )
+        self.elapsed, self.steps = state["elapsed"], state["steps"]
+        self.starts = state["starts"] + 1
+
+    def set_rates(self, share: float) -> None:
+        """Learning rates by the share of the training time: warm-up, level, linear decay."""
+        factor = min(1.0, share / WARM_UP) if share < DECAY_FROM else 1.0
+        if share >= DECAY_FROM:
+            factor = max(0.02, (1.0 - share) / (1.0 - DECAY_FROM))
+        for optimiser, rate in zip(self.optimisers, (MUON_LR, ADAM_LR), strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * max(factor, 0.02)
+
+    def step(self, batch: Batch, phase: Phase, rng: np.random.Generator) -> Tensor:
+        """One step; returns the losses and hits to be logged, still on the device."""
+        length = batch.ids.shape[1]
+        to = {"device": self.device, "non_blocking": True}
+        ids = torch.from_numpy(batch.ids).to(**to).long()
+        positions = torch.from_numpy(batch.positions).to(**to).long()
+        following = batch.kinds[:, 1:]
+        probed = length >= self.plan.probed_from
+        probe = None
+        if probed:
+            probe = torch.from_numpy(self._probe(batch, rng)).to(**to)
+        attention: AttentionKind = phase.attention if probed else "dense"
+        step = Pass(positions, attention, probe=probe)
+        # Chosen on the host, so that the device's shapes need not be waited for.
+        where = np.flatnonzero(np.pad(following, ((0, 0), (0, 1))) != IGNORED)
+        kinds = torch.from_numpy(following[following != IGNORED].astype(np.int64)).to(**to)
+        places = torch.from_numpy(where).to(**to)
+        with mixed_precision(self.device):
+            hidden = self.model.hidden(ids, step).flatten(0, 1)[places]
+            logits = self.model.lm_head(hidden).float()
+        target = ids.flatten()[places + 1]
+        each = F.cross_entropy(logits, target, reduction="none")
+        counts = torch.bincount(kinds, minlength=4).clamp_min(1)
+        means = torch.zeros(4, device=self.device).index_add(0, kinds, each) / counts
+        weights = torch.zeros(4, device=self.device)
+        for kind, weight in LOSS_WEIGHTS.items():
+            weights[kind] = weight
+        loss = (means * weights).sum()
+        selection = torch.as_tensor(step.selection_loss, device=self.device)
+        (loss + SELECTION_WEIGHT * selection).backward()
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            hits = torch.zeros(4, device=self.device)
+            hits.index_add_(0, kinds, (logits.argmax(-1) == target).float())
+            shown = [means[PROSE], means[REPLY], means[VALUE], (hits / counts)[VALUE], selection]
+            return torch.stack([value.detach().float() for value in shown])
+
+    def _probe(self, batch: Batch, rng: np.random.Generator) -> np.ndarray:
+        """Rows whose selection is taught: half predict values and replies, half are any."""
+        length, count = batch.ids.shape[1], self.plan.probe_rows
+        # From here on every row sees a coarse window and has blocks to choose from.
+        earliest = length // 4
+        rows = rng.integers(earliest, length - 1, (len(batch.ids), count))
+        for i, kinds in enumerate(batch.kinds):
+            answers = np.flatnonzero(kinds >= REPLY) - 1
+            answers = answers[answers >= earliest]
+            if len(answers):
+                values = np.flatnonzero(kinds == VALUE) - 1
+                half = count // 2
+                rows[i, : half // 2] = rng.choice(answers, half // 2)
+                rows[i, half // 2 : half] = rng.choice(values, half - half // 2)
+        return np.clip(rows, earliest, length - 1)
+
+    def phase(self, share: float) -> Phase:
+        """The phase at a share of the training time."""
+        return next((p for p in self.plan.phases if share < p.until), self.plan.phases[-1])
+
+
+def train(trainer: Trainer, feeder: Feeder, budget_s: float, out: Path) -> None:
+    """Trains until ``budget_s`` seconds of training, those before a resume counted, are spent."""
+    rng = np.random.default_rng([trainer.seed, trainer.starts])
+    mix = random.Random(f"{trainer.seed}/{trainer.starts}")
+    before = trainer.elapsed
+    began = saved = said = time.monotonic()
+    losses: list[tuple[str, int, Tensor]] = []
+    current = ""
+    events: list[Any] = []
+    with (out / "log.jsonl").open("a", encoding="utf-8") as log:
+        while trainer.elapsed < budget_s:
+            share = trainer.elapsed / budget_s
+            phase = trainer.phase(share)
+            if phase.name != current:
+                current = phase.name
+                later = [p for p in trainer.plan.phases if p.until > phase.until][:1]
+                feeder.want(sorted({n for p in [phase, *later] for n in p.mixture}))
+                print(f"{time.monotonic() - began + before:6.1f} s  phase {current}", flush=True)
+            name = mix.choices(list(phase.mixture), list(phase.mixture.values()))[0]
+            trainer.set_rates(share)
+            losses.append((name, trainer.steps, trainer.step(feeder.get(name), phase, rng)))
+            trainer.steps += 1
+            if trainer.device.type == "cuda":
+                # Two steps in flight: the clock then tells what has really been done.
+                events.append(torch.cuda.Event())
+                events[-1].record()
+                if len(events) > 2:
+                    events.pop(0).synchronize()
+            trainer.elapsed = before + time.monotonic() - began
+            if time.monotonic() - said > 2.0:
+                said = time.monotonic()
+                _log(log, trainer, phase, losses)
+            if time.monotonic() - saved > SAVE_EVERY_S:
+                trainer.save(out / "state.pt")
+                saved = time.monotonic()
+        _log(log, trainer, trainer.plan.phases[-1], losses)
+    trainer.save(out / "state.pt")
+
+
+def _log(log: Any, trainer: Trainer, phase: Phase, losses: list[tuple[str, int, Tensor]]) -> None:
+    names = ("prose", "reply", "value", "value_hits", "selection")
+    lines = []
+    for recipe, number, values in losses:
+        given = {n: round(v, 4) for n, v in zip(names, values.tolist(), strict=True)}
+        lines.append({"step": number, "phase": phase.name, "recipe": recipe} | given)
+    for line in lines:
+        log.write(json.dumps(line | {"elapsed_s": round(trainer.elapsed, 2)}) + "\n")
+    log.flush()
+    if lines:
+        print(f"{trainer.elapsed:6.1f} s  {json.dumps(lines[-1])}", flush=True)
+    losses.clear()
+
+
+def rehearsal_sparse(config: Any) -> Any:
+    """A selection that has something to leave out in a thousand tokens."""
+    sparse = dataclasses.replace(config.sparse, window_size=64, topk=4, dense_len=128)
+    return dataclasses.replace(config, sparse=sparse)
+
+
+def check_device(rehearse: bool) -> torch.device:
+    """The GPU, or in a rehearsal whatever there is.
+
+    Raises:
+        UsageError: no GPU, or too little free memory on it.
+    """
+    if rehearse and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "no NVIDIA GPU is visible, wanted one of at least compute capability 8.0: run on a "
+            "machine that has one, or add --rehearse to try every step on this CPU"
+        )
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if not rehearse and free < NEEDED_GIB:
+        raise UsageError(
+            f"the GPU has {free:.1f} GiB free, wanted {NEEDED_GIB}: end what else runs on it"
+        )
+    return torch.device("cuda")
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    """Corpus, tokenizer, training, examination, export."""
+    began = time.monotonic()
+    torch.manual_seed(args.seed)
+    device = check_device(args.rehearse)
+    out, plan = args.out, REHEARSAL if args.rehearse else FULL
+    out.mkdir(parents=True, exist_ok=True)
+    books = args.corpus or out / "corpus"
+    if args.corpus is None and not corpus.is_complete(books):
+        corpus.fetch(books)
+    prose = corpus.load(books)
+    folder = out / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    tokenizer.write(tokenizer.train(prose.train), folder)
+    config = checkpoint.parsed_config()
+    if args.rehearse:
+        config = rehearsal_sparse(config)
+
+    state = out / "state.pt"
+    starts = 0
+    if state.exists():
+        starts = int(state.stat().st_mtime)  # other batches than those already seen
+    feeder = Feeder(
+        folder, prose.train, plan.recipes, plan.tokens, args.seed * 1000003 + starts, args.workers
+    )
+    try:
+        model = SmallMiniCPM(config).to(device)
+        initialise(model, args.seed)
+        trainer = Trainer(model, plan, args.seed)
+        if state.exists():
+            trainer.resume(state)
+            print(f"going on after {trainer.elapsed:.0f} s of training", flush=True)
+        else:
+            (out / "log.jsonl").unlink(missing_ok=True)
+        spent = time.monotonic() - began
+        budget = args.minutes * 60 * (1 - plan.examination_share) - spent
+        train(trainer, feeder, budget, out)
+    finally:
+        feeder.close()
+
+    weights = export(model, folder, out)
+    print(f"{time.monotonic() - began:6.1f} s  trained {trainer.steps} steps", flush=True)
+    writer = Writer(folder, prose.held_out)
+    with torch.no_grad(), mixed_precision(device):
+        scores = evaluate.evaluate(
+            model, writer, plan.questions, plan.prompts, plan.lengths, plan.max_tokens
+        )
+    scores["bars"] = evaluate.meets_bars(scores)
+    scores["run"] = {
+        "seed": args.seed,
+        "minutes": args.minutes,
+        "steps": trainer.steps,
+        "training_s": round(trainer.elapsed, 1),
+        "seconds": round(time.monotonic() - began, 1),
+        "weights": weights,
+        **versions(),
+    }
+    _write_json(out / "scores.json", scores)
+    _write_json(
+        out / "run.json",
+        {
+            "arguments": {"seed": args.seed, "minutes": args.minutes, "rehearse": args.rehearse},
+            "plan": dataclasses.asdict(plan),
+            "muon_lr": MUON_LR,
+            "adam_lr": ADAM_LR,
+            "weight_decay": WEIGHT_DECAY,
+            "warm_up": WARM_UP,
+            "decay_from": DECAY_FROM,
+            "selection_weight": SELECTION_WEIGHT,
+            "model": checkpoint.model_config(),
+            "versions": versions(),
+        },
+    )
+    plot_loss(out / "log.jsonl", out / "loss.png")
+    print(json.dumps(scores["bars"], indent=1), flush=True)
+    print(f"{time.monotonic() - began:6.1f} s  done: {folder}", flush=True)
+
+
+def export(model: SmallMiniCPM, folder: Path, out: Path) -> int:
+    """Rounds the weights to bf16, in the model too, and writes the checkpoint; their number."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16().float())
+    arrays = {name: weight.detach().cpu().numpy() for name, weight in model.named_parameters()}
+    from tokenizers import Tokenizer
+
+    checkpoint.write_checkpoint(folder, Tokenizer.from_file(str(folder / "tokenizer.json")), arrays)
+    return sum(array.size for array in arrays.values())
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="what is made goes here")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument(
+        "--minutes", type=float, default=12.0, metavar="M", help="in all (default: 12)"
+    )
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        metavar="DIR",
+        help="folder with the books (default: DIR/corpus, filled by pip if it is not there)",
+    )
+    parser.add_argument(
+        "--fetch-corpus", type=Path, metavar="DIR", help="only fill this folder with the books"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=4, metavar="N", help="processes that draw batches"
+    )
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="every step with tiny batches, on the CPU if there is no GPU; the model is of no use",
+    )
+    args = parser.parse_args()
+    try:
+        if args.fetch_corpus is not None:
+            corpus.fetch(args.fetch_corpus)
+            return 0
+        if args.out is None:
+            raise UsageError("--out is missing, wanted a folder: name one for what is made")
+        run(args)
+    except torch.OutOfMemoryError as error:
+        said = str(error).splitlines()[0]
+        print(f"error: the GPU's memory is used up ({said}): end what else runs", file=sys.stderr)
+        return 1
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
