@@ -58,9 +58,7 @@ class Rotate(torch.autograd.Function):
 
 
 @triton.jit
-def _tile(
-    length, tile, sequence, group, BLOCK_ROWS: tl.constexpr, G: tl.constexpr, D: tl.constexpr
-):
+def _tile(length, tile, sequence, group, BLOCK_ROWS: tl.constexpr, G: tl.constexpr):
     """Row of each line of a tile, and its offsets in q and in the per-head statistics."""
     line = tl.arange(0, BLOCK_ROWS * G)
     row = tile * BLOCK_ROWS + line // G
