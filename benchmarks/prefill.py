@@ -342,15 +342,12 @@ def own_unions(prompt: Pages, sizes: Sizes) -> dict[str, float]:
     shape = (KV_HEADS, prompt.length, sizes.budget)
     topk_idx = torch.full(shape, NOT_WRITTEN, dtype=torch.int32, device="cuda")
     rows = prompt.rows(0, prompt.length, 0, prompt.length)
-    launches = [
-        capi.compress_keys_params(rows, torch.zeros(1, dtype=torch.int32, device="cuda")),
-        capi.select_blocks_params(rows, sizes, topk_idx),
-    ]
-    workspace = torch.empty(capi.workspace_cuda(launches[1]), dtype=torch.uint8, device="cuda")
-    launches[1].workspace = workspace.data_ptr()
-    launches[1].workspace_bytes = len(workspace)
-    for launch in launches:
-        capi.run_cuda(launch, torch.cuda.current_stream().cuda_stream)
+    # The compressed keys are there: the timed step wrote them.
+    select = capi.select_blocks_params(rows, sizes, topk_idx)
+    select.workspace_bytes = capi.workspace_cuda(select)
+    workspace = torch.empty(select.workspace_bytes, dtype=torch.uint8, device="cuda")
+    select.workspace = workspace.data_ptr()
+    capi.run_cuda(select, torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
     return {str(n): size for n, size in union_sizes(topk_idx).items()}
 
