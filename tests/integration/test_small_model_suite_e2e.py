@@ -11,7 +11,7 @@ from checkpoints import SMALL_SPARSE_CONFIG, write_tiny_checkpoint
 from fd_minicpm41.cli import main
 from fd_minicpm41.reference.tokenizer import Tokenizer
 from fd_minicpm41.small_model.engines import ServerEngine
-from host.greedy import assert_greedy, random_prompt
+from host.greedy import expected_tokens, random_prompt
 from host.host import missing_host, server
 
 MISSING = missing_host()
@@ -33,11 +33,14 @@ def test_the_suite_reads_a_servers_own_tokens(
     )
     arguments = ["--max-model-len", "1024", "--max-num-seqs", "4"]
     with server(checkpoint, tmp_path / "logs", arguments) as started:
-        engine = ServerEngine(started.url, Tokenizer(checkpoint).stop_ids)
+        stop_ids = Tokenizer(checkpoint).stop_ids
+        engine = ServerEngine(started.url, stop_ids)
         prompt = random_prompt(300)
         replies = engine.answer(prompt[:290], [prompt[290:], prompt[290:295]], 12, lambda _: None)
         for reply, asked in zip(replies, (prompt, prompt[:295]), strict=True):
-            assert_greedy(reply, checkpoint, asked, len(reply), attention="infllmv2")
+            # FastDeploy puts a stop token in the place of the last token of a reply that it cut.
+            wanted = expected_tokens(checkpoint, asked, 11, attention="infllmv2")
+            assert reply == [token for token in wanted if token not in stop_ids]
 
         command = ["eval", "--suite", "small", "--model", str(checkpoint), "--json"]
         command += ["--dir", str(tmp_path / "results"), "--engine", "fastdeploy"]
