@@ -53,6 +53,7 @@ class Recipe:
     """What a batch of one length consists of; shares of sequences, the rest is prose."""
 
     length: int
+    tokens: int
     retrieval: float
     chats: float
 
@@ -161,9 +162,9 @@ class Writer:
         ids, kinds = ids + [0] * pad, kinds + [IGNORED] * pad
         return ids[:length], kinds[:length], positions
 
-    def batch(self, rng: Random, recipe: Recipe, tokens: int) -> Batch:
-        """A batch of about ``tokens`` tokens."""
-        made = [self.sequence(rng, recipe) for _ in range(max(1, tokens // recipe.length))]
+    def batch(self, rng: Random, recipe: Recipe) -> Batch:
+        """As many sequences as the recipe's tokens make."""
+        made = [self.sequence(rng, recipe) for _ in range(recipe.tokens // recipe.length)]
         ids, kinds, positions = zip(*made, strict=True)
         return Batch(
             np.asarray(ids, np.int16), np.asarray(kinds, np.uint8), np.asarray(positions, np.int32)
@@ -196,7 +197,6 @@ class Feeder:
         folder: Path,
         paragraphs: Sequence[str],
         recipes: dict[str, Recipe],
-        tokens: int,
         seed: int,
         workers: int,
         depth: int = 8,
@@ -212,7 +212,6 @@ class Feeder:
                     folder,
                     paragraphs,
                     recipes,
-                    tokens,
                     f"{seed}/{worker}",
                     self._queues,
                     self._wanted,
@@ -248,7 +247,6 @@ def _work(
     folder: Path,
     paragraphs: Sequence[str],
     recipes: dict[str, Recipe],
-    tokens: int,
     name: str,
     queues: dict[str, Any],
     wanted: Synchronized[int],
@@ -261,6 +259,6 @@ def _work(
         # The emptiest queue first, so that none runs dry.
         listed = [n for i, n in enumerate(names) if mask >> i & 1]
         kind = min(listed, key=lambda n: queues[n].qsize())
-        batch = writer.batch(Random(f"{name}/{kind}/{drawn[kind]}"), recipes[kind], tokens)
+        batch = writer.batch(Random(f"{name}/{kind}/{drawn[kind]}"), recipes[kind])
         drawn[kind] += 1
         queues[kind].put(batch)

@@ -66,7 +66,6 @@ class Plan:
 
     recipes: dict[str, Recipe]
     phases: tuple[Phase, ...]
-    tokens: int
     # Recipes at least so long teach the selection, and are sparse in the last phase.
     probed_from: int
     probe_rows: int
@@ -79,12 +78,12 @@ class Plan:
 
 FULL = Plan(
     recipes={
-        "512": Recipe(512, 0.65, 0.25),
-        "1k": Recipe(1024, 0.45, 0.4),
-        "2k": Recipe(2048, 0.85, 0.0),
-        "4k": Recipe(4096, 0.85, 0.0),
-        "8k": Recipe(8192, 0.85, 0.0),
-        "16k": Recipe(16384, 0.85, 0.0),
+        "512": Recipe(512, 32768, 0.65, 0.25),
+        "1k": Recipe(1024, 32768, 0.45, 0.4),
+        "2k": Recipe(2048, 32768, 0.85, 0.0),
+        "4k": Recipe(4096, 65536, 0.85, 0.0),
+        "8k": Recipe(8192, 65536, 0.85, 0.0),
+        "16k": Recipe(16384, 65536, 0.85, 0.0),
     },
     phases=(
         Phase("short", 0.28, {"512": 0.5, "1k": 0.5}),
@@ -92,7 +91,6 @@ FULL = Plan(
         Phase("long", 0.68, {"1k": 0.3, "4k": 0.2, "8k": 0.25, "16k": 0.25}),
         Phase("sparse", 1.0, {"1k": 0.3, "4k": 0.15, "8k": 0.25, "16k": 0.3}, "sparse"),
     ),
-    tokens=65536,
     probed_from=4096,
     probe_rows=128,
     questions=304,
@@ -102,13 +100,12 @@ FULL = Plan(
     examination_share=0.18,
 )
 REHEARSAL = Plan(
-    recipes={"512": Recipe(512, 0.6, 0.4), "1k": Recipe(1024, 0.85, 0.0)},
+    recipes={"512": Recipe(512, 1024, 0.6, 0.4), "1k": Recipe(1024, 1024, 0.85, 0.0)},
     phases=(
         Phase("short", 0.3, {"512": 1.0}),
         Phase("long", 0.6, {"512": 0.5, "1k": 0.5}),
         Phase("sparse", 1.0, {"512": 0.3, "1k": 0.7}, "sparse"),
     ),
-    tokens=1024,
     probed_from=1024,
     probe_rows=16,
     questions=2,
@@ -364,9 +361,7 @@ def run(args: argparse.Namespace) -> None:
     starts = 0
     if state.exists():
         starts = int(state.stat().st_mtime)  # other batches than those already seen
-    feeder = Feeder(
-        folder, prose.train, plan.recipes, plan.tokens, args.seed * 1000003 + starts, args.workers
-    )
+    feeder = Feeder(folder, prose.train, plan.recipes, args.seed * 1000003 + starts, args.workers)
     try:
         model = SmallMiniCPM(config).to(device)
         initialise(model, args.seed)
