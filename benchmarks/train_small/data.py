@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -259,6 +260,15 @@ def _work(
         # The emptiest queue first, so that none runs dry.
         listed = [n for i, n in enumerate(names) if mask >> i & 1]
         kind = min(listed, key=lambda n: queues[n].qsize())
+        if queues[kind].full():
+            time.sleep(0.005)
+            continue
         batch = writer.batch(Random(f"{name}/{kind}/{drawn[kind]}"), recipes[kind])
         drawn[kind] += 1
-        queues[kind].put(batch)
+        # Another worker may have been faster. Waiting must end when the queue is not wanted.
+        while wanted.value == mask:
+            try:
+                queues[kind].put(batch, timeout=0.1)
+                break
+            except queue.Full:
+                continue
