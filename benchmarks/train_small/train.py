@@ -23,17 +23,19 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+STARTED = time.monotonic()  # before PyTorch is loaded, which takes its time
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 
-from fd_minicpm41.errors import UsageError
-from train_small import checkpoint, corpus, evaluate, tokenizer
-from train_small.data import IGNORED, PROSE, REPLY, VALUE, Batch, Feeder, Recipe, Writer
-from train_small.model import AttentionKind, Pass, SmallMiniCPM, initialise
-from train_small.plot import plot_loss
+from fd_minicpm41.errors import UsageError  # noqa: E402
+from train_small import checkpoint, corpus, evaluate, tokenizer  # noqa: E402
+from train_small.data import IGNORED, PROSE, REPLY, VALUE, Batch, Feeder, Recipe, Writer  # noqa: E402
+from train_small.model import AttentionKind, Pass, SmallMiniCPM, initialise  # noqa: E402
+from train_small.muon import Muon  # noqa: E402
+from train_small.plot import plot_loss  # noqa: E402
 
 SAVE_EVERY_S = 60.0
 NEEDED_GIB = 24
@@ -130,14 +132,8 @@ class Trainer:
         matrices = [w for name, w in named.items() if "layers" in name and w.dim() == 2]
         others = [w for name, w in named.items() if "layers" not in name or w.dim() != 2]
         self.optimisers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(
-                matrices,
-                lr=MUON_LR,
-                weight_decay=WEIGHT_DECAY,
-                momentum=0.95,
-                adjust_lr_fn="match_rms_adamw",
-            ),
-            torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0),
+            Muon(matrices, lr=MUON_LR, weight_decay=WEIGHT_DECAY),
+            torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
         ]
         self.elapsed = 0.0
         self.steps = 0
@@ -341,7 +337,7 @@ def versions() -> dict[str, str]:
 
 def run(args: argparse.Namespace) -> None:
     """Corpus, tokenizer, training, examination, export."""
-    began = time.monotonic()
+    began = STARTED
     torch.manual_seed(args.seed)
     device = check_device(args.rehearse)
     out, plan = args.out, REHEARSAL if args.rehearse else FULL
