@@ -20,6 +20,7 @@ import math
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from fd_minicpm41.reference.tokenizer import Tokenizer  # noqa: E402
 from fd_minicpm41.rope import rope_table  # noqa: E402
 from fd_minicpm41.small_model.examination import (  # noqa: E402
     ANSWER_TOKENS,
+    FORMAT_KINDS,
     LENGTHS,
     PROMPT_KINDS,
     REPLY_TOKENS,
@@ -60,14 +62,13 @@ from fd_minicpm41.small_model.scores import (  # noqa: E402
 from train_small.model import (  # noqa: E402
     choose_blocks,
     compress_keys,
-    masked_attention,
     score_blocks,
 )
 
 # Longer than every document, so that no row is sparse.
 NEVER_SPARSE = 1 << 30
 # Scores of the reference that are held at once, in bytes.
-SCORE_BYTES = 3 << 30
+SCORE_BYTES = 6 << 30
 # Rows that pass through the ops together, as in a server.
 STEP_ROWS = 32768
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -435,7 +436,7 @@ class ReferenceAttention(Attention):
             tables = step.tables[numbers][:, :blocks].long()
             # Of a shorter request there is more than it has; its positions hide that.
             keys, values = (
-                cache[layer][tables].transpose(2, 3).flatten(1, 2)
+                cache[layer][tables].transpose(1, 2).flatten(2, 3)
                 for cache in (self.pages.k, self.pages.v)
             )
             part = q[rows].view(len(numbers), length, *q.shape[1:])
@@ -449,8 +450,10 @@ class ReferenceAttention(Attention):
             alike.setdefault(len(step.requests[number].new), []).append(number)
         for length, numbers in alike.items():
             longest = max(step.requests[n].history for n in numbers) + length
-            bytes_each = 4 * self.model.config.num_q_heads * min(length, 64) * longest
-            most = max(1, SCORE_BYTES // bytes_each) if length <= 64 else 1
+            c = self.model.config
+            # Keys and values, gathered and copied, and the scores.
+            numbers_a_key = 4 * c.num_kv_heads * c.head_dim + c.num_q_heads * length
+            most = max(1, SCORE_BYTES // (4 * longest * numbers_a_key))
             for first in range(0, len(numbers), most):
                 yield numbers[first : first + most], length
 
@@ -462,17 +465,19 @@ class ReferenceAttention(Attention):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """q: ``[batch, length, heads, dim]`` at ``positions [batch, length]``; k, v: ``[batch, at
-        least the last position, kv_heads, dim]``."""
+        """q: ``[batch, length, heads, dim]`` at ``positions [batch, length]``; k, v: ``[batch,
+        kv_heads, whole blocks, dim]`` up to the last position at least."""
         batch, length = q.shape[:2]
-        step = max(1, min(length, SCORE_BYTES // (4 * batch * q.shape[2] * k.shape[1])))
-        windows = None if self.sparse is None else compress_keys(k, self.sparse)
+        step = max(1, min(length, SCORE_BYTES // (4 * batch * q.shape[2] * k.shape[2])))
+        windows = None
+        if self.sparse is not None:
+            windows = compress_keys(k.transpose(1, 2), self.sparse)
         parts = []
         for first in range(0, length, step):
             rows, at = q[:, first : first + step], positions[:, first : first + step]
             blocks = int(at.max()) // BLOCK_SIZE + 1
-            end = min(blocks * BLOCK_SIZE, k.shape[1])
-            chosen = None
+            end = blocks * BLOCK_SIZE
+            visible = (torch.arange(end, device=q.device) <= at[..., None])[:, None]
             if windows is not None and self.sparse is not None:
                 c = self.sparse
                 k1 = windows[0][:, : max(0, (end - c.kernel_size) // c.kernel_stride + 1)]
@@ -480,8 +485,24 @@ class ReferenceAttention(Attention):
                 scores = score_blocks(rows, k1, windows[1][:, : max(0, coarse)], c, at, blocks)
                 chosen = choose_blocks(scores, at, c)
                 self.count(chosen.sum((1, 3)).flatten(), at.flatten())
-            parts.append(masked_attention(rows, k[:, :end], v[:, :end], at, chosen))
+                visible = visible & chosen.repeat_interleave(BLOCK_SIZE, -1)
+            parts.append(self.softmax_rows(rows, k[:, :, :end], v[:, :, :end], visible))
         return torch.cat(parts, 1)
+
+    def softmax_rows(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor
+    ) -> torch.Tensor:
+        """visible: ``[batch, kv_heads or 1, rows, keys]``."""
+        batch, rows, _, dim = q.shape
+        kv_heads = k.shape[1]
+        # The heads of a group and the rows together, so that no key is copied for each head.
+        grouped = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4) * dim**-0.5
+        logits = grouped.flatten(2, 3) @ k.mT
+        logits.view(batch, kv_heads, -1, rows, k.shape[2]).masked_fill_(
+            ~visible.unsqueeze(2), float("-inf")
+        )
+        out = (logits.softmax(-1) @ v).unflatten(2, (-1, rows))
+        return out.permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 ENGINES: dict[str, tuple[type[Attention], torch.dtype]] = {
@@ -633,20 +654,21 @@ def cells(args: argparse.Namespace) -> Iterator[Row]:
         for kind in kinds:
             yield {"task": "format", **head, "kind": kind, "prompts": args.prompts, "seed": SEED}
 
+    low_bit = [weights for weights in args.weights if weights != "bf16"]
     for attention in ("sparse", "dense"):
         yield from retrieval("ops", attention, "bf16")
         yield from others("ops", attention, "bf16", PROMPT_KINDS)
-    for weights in args.weights:
-        if weights != "bf16":
-            yield from retrieval("ops", "sparse", weights)
-            yield from others("ops", "sparse", weights, PROMPT_KINDS)
     for attention in ("sparse", "dense"):
         yield from retrieval("reference", attention, "bf16")
         yield from others("reference", attention, "bf16", ())
-    for weights in args.weights:
-        if weights != "bf16":
-            yield from retrieval("ops", "dense", weights)
-            yield from others("ops", "dense", weights, ())
+    for weights in low_bit:
+        yield from retrieval("ops", "sparse", weights)
+        yield from others("ops", "sparse", weights, FORMAT_KINDS)
+    for weights in low_bit:
+        yield from retrieval("ops", "dense", weights)
+        yield from others("ops", "dense", weights, ())
+    for weights in low_bit:
+        yield from others("ops", "sparse", weights, PROMPT_KINDS)
 
 
 def main() -> int:
@@ -685,14 +707,21 @@ def main() -> int:
         result["environment"] = {"torch": torch.__version__, "command": command}
     examiner = Examiner(args)
     print(f"prompts made after {time.perf_counter() - began:.1f} s", flush=True)
-    left = 0
+    left = failed = 0
     for cell in cells(args):
         if any(all(row.get(k) == v for k, v in cell.items()) for row in result["rows"]):
             continue
         if time.perf_counter() - began > args.seconds:
             left += 1
             continue
-        row = examiner.examine(cell)
+        try:
+            row = examiner.examine(cell)
+        except (RuntimeError, capi.KernelError):
+            # The other cells are worth the GPU's time all the same.
+            traceback.print_exc()
+            print(f"failed: {cell}", flush=True)
+            failed += 1
+            continue
         result["rows"].append(row)
         measure.write_json(args.out, result)
         print({k: v for k, v in row.items() if k not in ("depths", "seed")}, flush=True)
@@ -700,7 +729,7 @@ def main() -> int:
         f"{len(result['rows'])} cells, {left} left for another run, "
         f"{time.perf_counter() - began:.1f} s"
     )
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

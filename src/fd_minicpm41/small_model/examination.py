@@ -25,6 +25,8 @@ from fd_minicpm41.small_model.tasks import (
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 PROMPT_KINDS: tuple[PromptKind, ...] = get_args(PromptKind)
+# Those whose form is asked for.
+FORMAT_KINDS: tuple[PromptKind, ...] = ("arithmetic_think", "arithmetic_no_think", "tool_call")
 SEED = 20261123
 
 # Facts of a document: one for so many tokens, within these bounds.

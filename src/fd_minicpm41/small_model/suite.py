@@ -22,6 +22,7 @@ from fd_minicpm41.reference.tokenizer import Tokenizer
 from fd_minicpm41.small_model.engines import AttentionName, Engine, EngineName, perplexity
 from fd_minicpm41.small_model.examination import (
     ANSWER_TOKENS,
+    FORMAT_KINDS,
     LENGTHS,
     REPLY_TOKENS,
     SEED,
@@ -36,7 +37,6 @@ from fd_minicpm41.small_model.scores import Row, format_score, retrieval_score
 from fd_minicpm41.small_model.tasks import PromptKind
 
 RESULTS = "results.json"
-FORMAT_KINDS: tuple[PromptKind, ...] = ("arithmetic_think", "arithmetic_no_think", "tool_call")
 # A written token takes a pass over all weights, a read one a share of such a pass.
 WRITTEN_COST = 10
 
