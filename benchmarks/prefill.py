@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ TARGETS_MS = {32768: 9.5, 65536: 20.0, 131072: 45.0}
 TARGET_OF_DENSE = {16384: 1.15}
 # Independent prompts, against cuDNN.
 WORST_OF_DENSE = {32768: 1.3, 65536: 1.0, 131072: 1.0}
-# What the small model was trained on at most, and all its positions.
-SMALL_MODEL_LENGTHS = (16384, 32768)
+# All positions of the small model, and the longest prompts that it was trained on.
+SMALL_MODEL_LENGTHS = (32768, 16384)
 CHUNKED_LENGTH = 65536
 CHUNKS = (2048, 4096, 8192)
 CHUNKED_MARGIN = 1.15
@@ -352,7 +352,7 @@ def own_unions(prompt: Pages, sizes: Sizes) -> dict[str, float]:
     return {str(n): size for n, size in union_sizes(topk_idx).items()}
 
 
-def small_model_prompts(folder: Path, repeats: int, rate: float) -> list[dict[str, Any]]:
+def small_model_prompts(folder: Path, repeats: int, rate: float) -> Iterator[dict[str, Any]]:
     """Rows of every layer of the small model over prose, with the published sizes; their lists
     with the model's own sizes are counted as well."""
     from fd_minicpm41.config import MiniCPMConfig
@@ -361,7 +361,6 @@ def small_model_prompts(folder: Path, repeats: int, rate: float) -> list[dict[st
     sparse = MiniCPMConfig.from_pretrained(folder).sparse
     assert sparse is not None
     own = Sizes(sparse.init_blocks, sparse.local_blocks, sparse.budget, sparse.dense_len)
-    rows = []
     for length in SMALL_MODEL_LENGTHS:
         dense: dict[str, float] = {}
         for number, layer in enumerate(activations(folder, length, "cuda")):
@@ -372,16 +371,22 @@ def small_model_prompts(folder: Path, repeats: int, rate: float) -> list[dict[st
             row |= {"layer": number, "own_budget": own.budget}
             row["own_unions"] = own_unions(prompt, own)
             hold_to_target(row)
-            rows.append(row)
             print_row(row)
             own_words = " ".join(f"{size:.0f}" for size in row["own_unions"].values())
             print(f"  layer {number}; unions of its own {own.budget} blocks: {own_words}")
-    return rows
+            yield row
 
 
-def drawn_prompts(longest: int, repeats: int, rate: float) -> list[dict[str, Any]]:
-    """Rows of correlated and independent queries at every length, one of them in chunks too."""
-    rows = []
+def drawn_prompts(longest: int, repeats: int, rate: float) -> Iterator[dict[str, Any]]:
+    """Rows of a rebuilt prefix, and of correlated and independent queries at every length, one of
+    them in chunks too."""
+    row = rebuild()
+    print(
+        f"rebuild {REBUILD_LENGTH // 1024}K x {REBUILD_LAYERS} layers: {row['ours_ms']:.2f} ms, "
+        f"{row['bytes_per_second'] / 1e12:.2f} TB/s, target {REBUILD_MS}"
+    )
+    yield row
+    torch.cuda.empty_cache()
     for length in (n for n in LENGTHS if n <= longest):
         dense: dict[str, float] = {}
         for is_correlated in (True, False):
@@ -390,15 +395,14 @@ def drawn_prompts(longest: int, repeats: int, rate: float) -> list[dict[str, Any
             dense = dense or dense_ms(made[0], repeats)
             row |= dense | {"floor_ms": flops_of_prompt(length) / rate * 1e3, "correct": True}
             hold_to_target(row)
-            rows.append(row)
             print_row(row)
+            yield row
             if is_correlated and length == CHUNKED_LENGTH:
                 for size in CHUNKS:
                     part = chunked(*made, size, repeats)
                     part["one_shot_ms"] = row["ours_ms"]
                     ratio = part["ours_ms"] / row["ours_ms"]
                     part["held"] = ratio <= CHUNKED_MARGIN and part["same_selection"]
-                    rows.append(part)
                     words = ("DIFFERS", "identical")
                     print(
                         f"  in chunks of {size}: {part['ours_ms']:.2f} ms, "
@@ -406,9 +410,9 @@ def drawn_prompts(longest: int, repeats: int, rate: float) -> list[dict[str, Any
                         f"{words[part['same_selection']]}, output {words[part['same_output']]}",
                         flush=True,
                     )
+                    yield part
             del made
             torch.cuda.empty_cache()
-    return rows
 
 
 def main(args: argparse.Namespace) -> int:
@@ -417,35 +421,29 @@ def main(args: argparse.Namespace) -> int:
     # Code is loaded at the first launch, and would count as extra memory.
     small = Prompt(256, is_correlated=False)
     PrefillStep(small, torch.empty_like(small.q), 0, small.length).run()
-    rows: list[dict[str, Any]] = []
     if args.small_model is None:
-        rows = [rebuild()]
-        torch.cuda.empty_cache()
-        print(
-            f"rebuild {REBUILD_LENGTH // 1024}K x {REBUILD_LAYERS} layers: "
-            f"{rows[0]['ours_ms']:.2f} ms, {rows[0]['bytes_per_second'] / 1e12:.2f} TB/s, "
-            f"target {REBUILD_MS}"
-        )
+        found = drawn_prompts(args.longest, args.repeats, rate)
+    else:
+        found = small_model_prompts(args.small_model, args.repeats, rate)
     print(
         f"{'prompt':12}{'':5}{'ours':>9}{'cuDNN':>9}{'FA2':>9}{'floor':>8}{'target':>8}"
         f"{'gain':>8}  held  milliseconds"
     )
-    if args.small_model is None:
-        rows += drawn_prompts(args.longest, args.repeats, rate)
-    else:
-        rows += small_model_prompts(args.small_model, args.repeats, rate)
-    if args.out:
-        result = {
-            "what": "prefill, one layer, one prompt, bfloat16, 32 query heads, 2 kv heads, "
-            "head_dim 128, budget 96 blocks; milliseconds",
-            "environment": measure.environment(args.command),
-            "product_flops_per_second": rate,
-            "repeats": args.repeats,
-            "window_rows": WINDOW_ROWS,
-            "measured_unions": {str(n): size for n, size in MEASURED_UNIONS.items()},
-            "rows": [measure.rounded(row) for row in rows],
-        }
-        measure.write_json(args.out, result)
+    result = {
+        "what": "prefill, one layer, one prompt, bfloat16, 32 query heads, 2 kv heads, "
+        "head_dim 128, budget 96 blocks; milliseconds",
+        "environment": measure.environment(args.command),
+        "product_flops_per_second": rate,
+        "repeats": args.repeats,
+        "window_rows": WINDOW_ROWS,
+        "measured_unions": {str(n): size for n, size in MEASURED_UNIONS.items()},
+        "rows": [],
+    }
+    rows = result["rows"]
+    for row in found:
+        rows.append(measure.rounded(row))
+        if args.out:  # what is known is kept if the run is cut short
+            measure.write_json(args.out, result)
     missed = sum(not row["held"] for row in rows)
     print(f"{missed} of {len(rows)} rows miss their target")
     return 0
