@@ -16,6 +16,8 @@ import pytest
 from checkpoints import SMALL_SPARSE_CONFIG, write_tiny_checkpoint
 from fd_minicpm41.cli import main
 from fd_minicpm41.errors import UsageError
+from fd_minicpm41.quantization.plan import Recipe
+from fd_minicpm41.quantization.quantise import quantise
 from fd_minicpm41.reference.tokenizer import Tokenizer
 from fd_minicpm41.small_model import examination, prose, report, scores, suite
 from fd_minicpm41.small_model.engines import LocalEngine, ServerEngine
@@ -162,6 +164,31 @@ def test_a_shared_document_changes_no_reply(checkpoint: Path, name: Any, attenti
     apart = [engine.answer([], [shared + rest], 6, silent)[0] for rest in rests]
     assert together == apart
     assert len({tuple(reply) for reply in together}) == len(rests)
+
+
+@pytest.mark.parametrize("method", ["wint8", "wint4"])
+def test_the_ops_multiply_by_the_codes(
+    checkpoint: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fd_minicpm41 import ops
+
+    calls: list[int] = []
+    real = ops.low_bit_linear
+
+    def counted(x: Any, *rest: Any) -> Any:
+        calls.append(x.shape[0])
+        return real(x, *rest)
+
+    monkeypatch.setattr(ops, "low_bit_linear", counted)
+    folder = tmp_path / method
+    quantise(checkpoint, folder, Recipe(method, "rtn"))
+    window = [int(i) for i in np.random.default_rng(4).integers(3, 250, 300)]
+    losses = [
+        LocalEngine(folder, name, "sparse").negative_log_likelihood(window, silent)  # type: ignore[arg-type]
+        for name in ("reference", "ops")
+    ]
+    assert calls == [300] * 14  # two layers of seven
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 
 def test_sparse_attention_without_its_parameters_is_refused(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class LocalEngine:
         if name == "ops":
             from fd_minicpm41.small_model.paged import PagedCache, put_ops_in
 
-            put_ops_in(self._model)
+            put_ops_in(self._model, checkpoint)
             self._cache_type: Callable[..., Any] = PagedCache
         else:
             from fd_minicpm41.reference.model import KVCache

@@ -1,4 +1,4 @@
-"""The reference model with the project's ops in place of its attention, over pages as a server has.
+"""The reference model with the project's ops in it: attention over pages, low-bit products.
 
 On the CPU the C++ ops run, on a GPU the CUDA ones. Caches and q, k, v are bfloat16, as a server
 holds them; everything else is the reference's fp32.
@@ -14,6 +14,10 @@ import paddle
 from fd_minicpm41 import ops
 from fd_minicpm41.cache import COARSE_SLOTS, FINE_SLOTS
 from fd_minicpm41.config import BLOCK_SIZE, MiniCPMConfig, SparseConfig
+from fd_minicpm41.quantization.formats import LowBitFormat
+from fd_minicpm41.quantization.sidecar import CHANNEL_METHODS
+from fd_minicpm41.quantization.tiles import tile_scales, tile_weight
+from fd_minicpm41.reference.checkpoint import Checkpoint
 from fd_minicpm41.reference.model import Attention, ForCausalLM
 from fd_minicpm41.rope import rope_table
 
@@ -113,7 +117,38 @@ class PagedAttention:
         return self.o_proj(out.astype("float32"))
 
 
-def put_ops_in(model: ForCausalLM) -> None:
-    """Makes ``model`` attend by the ops; it then takes :class:`PagedCache` alone."""
-    for layer in model.model.layers:
+class LowBitLinear:
+    """A linear layer whose codes the op multiplies by, as ``reference.model.Linear`` is called."""
+
+    def __init__(self, checkpoint: Checkpoint, module: str, fmt: LowBitFormat) -> None:
+        qweight = checkpoint.files.load(f"{module}.qweight")
+        self.out_features = qweight.shape[0]
+        self.format = fmt
+        self.qweight = tile_weight(qweight, fmt.bits)
+        self.scales = tile_scales(checkpoint.files.load(f"{module}.scales"))
+
+    def __call__(self, x: paddle.Tensor) -> paddle.Tensor:
+        # The kernels of a GPU take no fp32.
+        given = x if x.place.is_cpu_place() else x.astype(DTYPE)
+        out = ops.low_bit_linear(given, self.qweight, self.scales, self.format, self.out_features)
+        return out.astype("float32")
+
+
+def put_ops_in(model: ForCausalLM, checkpoint: Checkpoint | None = None) -> None:
+    """Makes ``model`` attend by the ops, so that it takes :class:`PagedCache` alone, and multiply
+    by the codes of the ``checkpoint`` it was loaded from, if that is given and low-bit.
+
+    Formats that multiply 8-bit activations keep their restored weights and their rounding: their
+    products are FastDeploy's.
+    """
+    sidecar = None if checkpoint is None else checkpoint.sidecar
+    for index, layer in enumerate(model.model.layers):
+        if checkpoint and sidecar and sidecar.method not in CHANNEL_METHODS:
+            for part in (layer.self_attn, layer.mlp):
+                kind = "self_attn" if part is layer.self_attn else "mlp"
+                for name in vars(part):
+                    module = f"model.layers.{index}.{kind}.{name}"
+                    if module in sidecar.modules:
+                        linear = LowBitLinear(checkpoint, module, sidecar.modules[module])
+                        setattr(part, name, linear)
         layer.self_attn = PagedAttention(layer.self_attn)  # type: ignore[assignment]
