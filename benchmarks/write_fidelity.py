@@ -63,7 +63,7 @@ CHINESE = {
     "questions for each length": "题（每个长度）",
     "prompts of each kind": "题（每种格式）",
     "tokens of prose": "个词元的文章",
-    "Retrieval": "检索",
+    "processors": "个 CPU 核",
 }
 
 
@@ -101,7 +101,8 @@ def made_on(result: dict[str, Any], say: Say) -> str:
     e = result.get("environment")
     if e is None:
         made = result["made"]
-        return f"{listed}. CPU, Paddle, Python {made['python']}."
+        cores = f"{made['processors']} {say('processors')}"
+        return f"{listed}. {cores}, Python {made['python']}, {made['date']}."
     command = re.sub(r" --(out|formats|model) \S+", "", e["command"])
     return (
         f"{listed}. {e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}, PyTorch {e['torch']}, "

@@ -6,7 +6,9 @@ A cell is one task with one engine, one attention and one weight format. Its row
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -131,7 +133,12 @@ class Results:
     def add(self, row: Row) -> None:
         """Keeps a row and writes the file."""
         self.rows.append(row)
-        made = {"package": __version__, "python": platform.python_version()}
+        made = {
+            "package": __version__,
+            "python": platform.python_version(),
+            "processors": len(os.sched_getaffinity(0)),
+            "date": datetime.date.today().isoformat(),
+        }
         values = {"suite": "small", "model": self.model, "made": made}
         lines = ",\n    ".join(json.dumps(row) for row in self.rows)
         text = json.dumps(values, indent=2)[:-2] + f',\n  "rows": [\n    {lines}\n  ]\n}}\n'
