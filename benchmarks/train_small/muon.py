@@ -1,9 +1,9 @@
 """Muon for many small matrices: those of one shape are orthogonalised together.
 
-The rule is Keller Jordan's (Nesterov momentum, then five Newton-Schulz steps in bf16), with the
-step scaled so that its root mean square is 0.2 of the rate, as AdamW's is. ``torch.optim.Muon``
-with ``adjust_lr_fn="match_rms_adamw"`` does the same one matrix after the other, which for this model
-costs more time than its forward pass.
+The rule is Keller Jordan's (Nesterov momentum, then five Newton-Schulz steps), with the step scaled
+so that its root mean square is 0.2 of the rate, about what AdamW's is. ``torch.optim.Muon`` with
+``adjust_lr_fn="match_rms_adamw"`` does the same one matrix after the other, which for so small a
+model costs more time than its forward pass.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     matrices: ``[count, rows, columns]`` with rows >= columns.
     """
     a, b, c = COEFFICIENTS
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     for _ in range(STEPS):
         gram = x.mT @ x
