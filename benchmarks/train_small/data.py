@@ -147,15 +147,12 @@ class Writer:
                 positions = stretched(rng, length)
         elif which < recipe.retrieval + recipe.chats:
             ids, kinds = [], []
-            positions = []
             while len(ids) < length:
                 some, their_kinds = self.tokens(self.chat_segments(rng))
                 if len(ids) + len(some) > length:
                     break
                 ids += some
                 kinds += their_kinds
-                positions += range(len(some))
-            positions += [0] * (length - len(positions))
         else:
             ids = self.prose(rng, length)
             kinds = [PROSE] * length
