@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from fd_minicpm41.small_model import tasks
 from fd_minicpm41.small_model.tasks import Retrieval
 from train_small.data import Writer
-from train_small.model import ROWS, AttentionKind, Cache, Pass, SmallMiniCPM
+from train_small.model import KINDS, ROWS, AttentionKind, Cache, Pass, SmallMiniCPM
 
-KINDS: tuple[AttentionKind, AttentionKind] = ("dense", "sparse")
 # Facts in a document of each length.
 FACTS = {1024: 8, 2048: 16, 4096: 16, 8192: 16, 16384: 16}
 # What a question and its reply add to a document.

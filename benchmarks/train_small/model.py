@@ -18,6 +18,7 @@ from fd_minicpm41.config import MiniCPMConfig, SparseConfig
 from fd_minicpm41.rope import rope_table
 
 AttentionKind = Literal["dense", "sparse"]
+KINDS: tuple[AttentionKind, AttentionKind] = ("dense", "sparse")
 NEVER = float("-inf")
 # The kernels work on tiles of so many rows: lengths of whole sequences are multiples of it.
 ROWS = 8

@@ -32,6 +32,7 @@ from torch.nn import functional as F  # noqa: E402
 
 from fd_minicpm41.errors import UsageError  # noqa: E402
 from train_small import checkpoint, corpus, evaluate, tokenizer  # noqa: E402
+from train_small.card import write_card  # noqa: E402
 from train_small.data import IGNORED, PROSE, REPLY, VALUE, Batch, Feeder, Recipe, Writer  # noqa: E402
 from train_small.model import AttentionKind, Pass, SmallMiniCPM, initialise  # noqa: E402
 from train_small.muon import Muon  # noqa: E402
@@ -416,6 +417,8 @@ def run(args: argparse.Namespace) -> None:
             "versions": versions(),
         },
     )
+    if not any("error" in score for score in scores.values()):
+        write_card(folder, scores)
     plot_loss(out / "log.jsonl", out / "loss.png")
     print(json.dumps(scores["bars"], indent=1), flush=True)
     print(f"{time.monotonic() - began:6.1f} s  done: {folder}", flush=True)
