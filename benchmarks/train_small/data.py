@@ -7,6 +7,7 @@ other. Nothing here needs PyTorch.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import time
 from collections.abc import Sequence
@@ -252,7 +253,8 @@ def _work(
     writer = Writer(folder, paragraphs)
     drawn = dict.fromkeys(recipes, 0)
     names = list(recipes)
-    while True:
+    parent = os.getppid()
+    while os.getppid() == parent:  # a killed parent ends nobody by itself
         mask = wanted.value
         # The emptiest queue first, so that none runs dry.
         listed = [n for i, n in enumerate(names) if mask >> i & 1]
@@ -263,7 +265,7 @@ def _work(
         batch = writer.batch(Random(f"{name}/{kind}/{drawn[kind]}"), recipes[kind])
         drawn[kind] += 1
         # Another worker may have been faster. Waiting must end when the queue is not wanted.
-        while wanted.value == mask:
+        while wanted.value == mask and os.getppid() == parent:
             try:
                 queues[kind].put(batch, timeout=0.1)
                 break
