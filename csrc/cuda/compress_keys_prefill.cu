@@ -79,6 +79,8 @@ __global__ void __launch_bounds__(kRunThreads)
   const int history_len = __ldg(batch.history_lens + request);
   const int from =
       params.compress_from == nullptr ? history_len : max(0, __ldg(params.compress_from + request));
+  // A single token may read windows of its history before this launch has ended.
+  if (from >= history_len || query_len > 1) allow_next_launch();
   const int kv_len = history_len + query_len;
   const int num_blocks = min((kv_len + kBlockSize - 1) / kBlockSize, batch.max_blocks);
   const int32_t* pages = batch.block_tables + int64_t{request} * batch.max_blocks;

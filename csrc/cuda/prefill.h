@@ -37,6 +37,13 @@ __device__ __forceinline__ int token_of_row(const Batch& batch, int row, bool by
   return offset < query_len && !is_prefill(query_len) && is_here ? token : -1;
 }
 
+// A block without a row has nothing to wait for. But each launch ends after the one before it,
+// since the prefill kernels behind a launch by request wait for that one alone: a single block sees
+// to it, and the others make room.
+__device__ __forceinline__ void wait_without_row(bool by_request) {
+  if (!by_request || blockIdx.x + blockIdx.y == 0) wait_for_previous_launch();
+}
+
 // The two halves of an op. `params` are valid and `device` is the current one; the prefill half is
 // launched when max_query_len allows for a prefill request.
 int64_t sparse_decode_workspace(const SparseAttentionParams& params, const Device& device);

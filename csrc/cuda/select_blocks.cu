@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
 
   QueryRow row;
   if (token < 0 || !load_query_row(params.batch, token, &row) || is_prefill(row.query_len)) {
-    wait_for_previous_launch();
+    wait_without_row(by_request);
     return;
   }
   const int own = row.position / kBlockSize;

@@ -14,7 +14,7 @@
 #include <type_traits>
 
 #include "hopper.cuh"
-#include "prefill.h"
+#include "prefill_tiles.cuh"
 
 namespace minicpm41 {
 namespace cuda {
@@ -43,6 +43,9 @@ constexpr int kLaneKeys = 16;
 constexpr int kKeys = kLaneKeys * kWarpSize;
 // How many more than wanted may stay when it has to choose before the end: a rough choice is quick.
 constexpr int kSpareKeys = kKeys / 8;
+
+// Tiles for the last round have a multiple of this many rows, those of a product of a warpgroup.
+constexpr int kRowStep = 4;
 
 template <bool kWgmma>
 struct Shape {
@@ -77,60 +80,16 @@ struct Ring {
 
 // ---- which rows, which windows ----
 
-struct RowTile {
-  int request;
-  int first_row;
-  int num_rows;
-  int position;  // of the first row
-  int kv_head;
-};
-
-// Tiles of a request count from its latest rows, so that the longest come first; both kv heads of a
-// tile are neighbours. False beyond the last tile. The whole warp calls it.
-template <int kRows>
-__device__ __forceinline__ bool find_tile(const Batch& batch, int num_kv_heads, int index,
-                                          RowTile* tile) {
-  const int lane = threadIdx.x % kWarpSize;
-  int wanted = index / num_kv_heads;
-  tile->kv_head = index % num_kv_heads;
-#pragma unroll 1
-  for (int base = 0; base < batch.batch_size; base += kWarpSize) {
-    const int request = base + lane;
-    int first_token = 0;
-    int begin = 0;
-    int rows = 0;
-    if (request < batch.batch_size) {
-      const int query_len = __ldg(batch.query_lens + request);
-      first_token = __ldg(batch.cu_seqlens_q + request);
-      begin = max(0, first_token);
-      if (is_prefill(query_len)) {
-        rows = max(0, min(batch.num_tokens, first_token + query_len) - begin);
-      }
-    }
-    const int count = (rows + kRows - 1) / kRows;
-    int through = count;
-#pragma unroll
-    for (int offset = 1; offset < kWarpSize; offset *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, through, offset);
-      if (lane >= offset) through += other;
-    }
-    const unsigned owners = __ballot_sync(kAllLanes, wanted < through);
-    if (owners != 0) {
-      const int owner = __ffs(owners) - 1;
-      const int place = through - 1 - wanted;  // counted from the request's first rows
-      const int skipped = __shfl_sync(kAllLanes, place, owner) * kRows;
-      rows = __shfl_sync(kAllLanes, rows, owner);
-      begin = __shfl_sync(kAllLanes, begin, owner);
-      first_token = __shfl_sync(kAllLanes, first_token, owner);
-      tile->request = base + owner;
-      tile->first_row = begin + skipped;
-      tile->num_rows = min(kRows, rows - skipped);
-      tile->position = __ldg(batch.history_lens + tile->request) + tile->first_row - first_token;
-      return true;
-    }
-    wanted -= __shfl_sync(kAllLanes, through, kWarpSize - 1);
-  }
-  return false;
+// Tile `turn` of the call, rows 0 beyond the last. The latest positions, which read the most, come
+// first; both kv heads of a tile are neighbours. The whole warp calls it.
+__device__ __forceinline__ Tile tile_of_turn(const Batch& batch, const Cut& cut, int num_kv_heads,
+                                             int turn, int lane, int* kv_head) {
+  const int index = turn / num_kv_heads;
+  *kv_head = turn % num_kv_heads;
+  if (index >= cut.large_tiles + cut.small_tiles) return {};
+  const bool is_small = index >= cut.large_tiles;
+  const int last = cut.large_tiles - 1 + (is_small ? cut.small_tiles : 0);
+  return find_tile(batch, cut, is_small, last - index, lane);
 }
 
 // The slots a row reads. Tiles of slots begin at multiples of kTileWindows.
@@ -167,7 +126,8 @@ __host__ __device__ constexpr int row_of_slot(int slot) {
 
 // Brings in the tiles of all row tiles of this thread block.
 template <bool kWgmma>
-__device__ __forceinline__ void load_tiles(const SelectBlocksParams& params, Ring<kWgmma> ring) {
+__device__ __forceinline__ void load_tiles(const SelectBlocksParams& params, const Cut& cut,
+                                           Ring<kWgmma> ring) {
   constexpr int kRows = Shape<kWgmma>::kRows;
   constexpr int kSlotsAtOnce = Shape<kWgmma>::kLoadThreads / kRowChunks;
   constexpr int kCopies = 16;  // a lane looks up the page of one of them
@@ -183,11 +143,12 @@ __device__ __forceinline__ void load_tiles(const SelectBlocksParams& params, Rin
                           ((chunk % 8) ^ (my_row % 8)) * kChunkBytes;
   const int kv_heads = params.heads.num_kv_heads;
 
-  RowTile rows;
 #pragma unroll 1
-  for (int index = blockIdx.x; find_tile<kRows>(params.batch, kv_heads, index, &rows);
-       index += gridDim.x) {
-    const Sweep sweep(params, rows.position + rows.num_rows - 1);
+  for (int turn = blockIdx.x;; turn += gridDim.x) {
+    int kv_head;
+    const Tile rows = tile_of_turn(params.batch, cut, kv_heads, turn, lane, &kv_head);
+    if (rows.rows == 0) return;
+    const Sweep sweep(params, rows.position + rows.rows - 1);
     const int32_t* pages =
         params.batch.block_tables + int64_t{rows.request} * params.batch.max_blocks;
     const int parts = (sweep.coarse_tiles + sweep.fine_tiles) * kParts;
@@ -214,7 +175,7 @@ __device__ __forceinline__ void load_tiles(const SelectBlocksParams& params, Rin
       const int last_slot = is_coarse ? sweep.last_coarse : sweep.last_fine;
       const int page_slots = is_coarse ? kCoarseSlots : kFineSlots;
       const char* cache = static_cast<const char*>(is_coarse ? params.k2_cache : params.k1_cache) +
-                          (rows.kv_head * page_slots + (my_slot & (page_slots - 1))) * kRowBytes +
+                          (kv_head * page_slots + (my_slot & (page_slots - 1))) * kRowBytes +
                           chunk * kChunkBytes;
       const int64_t page_bytes = int64_t{kv_heads} * page_slots * kRowBytes;
       const bool has_page =
@@ -327,6 +288,14 @@ __device__ __forceinline__ void multiply_half(float (&scores)[kScores],
   }
 }
 
+// Leaves a tile to the loading warps.
+template <bool kWgmma>
+__device__ __forceinline__ void pass(Ring<kWgmma>& ring, int lane) {
+  __syncwarp();
+  if (lane == 0) arrive(ring.empty());
+  ring.advance();
+}
+
 // Calls use(tile, half, scores) for the next tiles of the ring: for both halves of a tile at once,
 // or one after the other.
 template <typename T, bool kWgmma, typename Use>
@@ -334,11 +303,7 @@ __device__ __forceinline__ void for_each_tile(Ring<kWgmma>& ring, const uint32_t
                                               int tiles, int lane, Use use) {
   constexpr std::integral_constant<int, 0> kFirst;
   constexpr std::integral_constant<int, 1> kSecond;
-  const auto release = [&] {
-    __syncwarp();
-    if (lane == 0) arrive(ring.empty());
-    ring.advance();
-  };
+  const auto release = [&] { pass(ring, lane); };
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     wait_phase(ring.full(), ring.phase);
@@ -678,8 +643,8 @@ __device__ __forceinline__ Chosen choose(uint32_t* keys, const int32_t* blocks, 
 // ---- rows ----
 
 template <typename T, bool kWgmma>
-__device__ __forceinline__ void select_rows(const SelectBlocksParams& params, Ring<kWgmma> ring,
-                                            uint32_t* keys) {
+__device__ __forceinline__ void select_rows(const SelectBlocksParams& params, const Cut& cut,
+                                            Ring<kWgmma> ring, uint32_t* keys) {
   constexpr int kRows = Shape<kWgmma>::kRows;
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
@@ -687,19 +652,28 @@ __device__ __forceinline__ void select_rows(const SelectBlocksParams& params, Ri
   const int wanted = budget - params.init_blocks - params.local_blocks;
   const float scale_log2 = params.softmax_scale * kLog2e;
   keys += warp * kKeys;
-  int32_t* blocks = reinterpret_cast<int32_t*>(keys + (kRows - warp) * kKeys) + warp * kKeys;
+  int32_t* blocks = reinterpret_cast<int32_t*>(keys + kRows * kKeys);  // of this warp, too
 
-  RowTile rows;
 #pragma unroll 1
-  for (int index = blockIdx.x;
-       find_tile<kRows>(params.batch, params.heads.num_kv_heads, index, &rows);
-       index += gridDim.x) {
-    const Sweep all(params, rows.position + rows.num_rows - 1);
-    const bool exists = warp < rows.num_rows;
+  for (int turn = blockIdx.x;; turn += gridDim.x) {
+    int kv_head;
+    const Tile rows =
+        tile_of_turn(params.batch, cut, params.heads.num_kv_heads, turn, lane, &kv_head);
+    if (rows.rows == 0) return;
+    const Sweep all(params, rows.position + rows.rows - 1);
+    if (warp / kRowStep * kRowStep >= rows.rows) {  // so the others of its warpgroup
+#pragma unroll 1
+      for (int tile = all.coarse_tiles + all.fine_tiles; tile > 0; --tile) {
+        wait_phase(ring.full(), ring.phase);
+        pass(ring, lane);
+      }
+      continue;
+    }
+    const bool exists = warp < rows.rows;
     const int position = rows.position + warp;
     const Sweep mine(params, position);
-    const int token = rows.first_row + warp;
-    const int list_row = rows.kv_head * params.batch.num_tokens + token;
+    const int token = rows.row + warp;
+    const int list_row = kv_head * params.batch.num_tokens + token;
     const auto list_at = [&](int place) {
       return params.topk_idx + int64_t{list_row} * budget + place;
     };
@@ -720,7 +694,7 @@ __device__ __forceinline__ void select_rows(const SelectBlocksParams& params, Ri
     if (chooses) {
       load_q<T>(q,
                 static_cast<const T*>(params.q) + token * params.q_stride +
-                    rows.kv_head * kGroupSize * kHeadDim,
+                    kv_head * kGroupSize * kHeadDim,
                 lane);
     }
 
@@ -803,6 +777,7 @@ __global__ void __launch_bounds__(kWgmma == kHasWgmma ? Shape<kWgmma>::kThreads 
     select_blocks_prefill_kernel(const __grid_constant__ SelectBlocksParams params) {
   if constexpr (kWgmma == kHasWgmma) {
     extern __shared__ __align__(1024) unsigned char shared[];
+    __shared__ Cut cut;
     constexpr int kRows = Shape<kWgmma>::kRows;
     constexpr int kStages = Shape<kWgmma>::kStages;
     uint32_t* keys = reinterpret_cast<uint32_t*>(shared + kStages * kTileBytes);
@@ -817,23 +792,33 @@ __global__ void __launch_bounds__(kWgmma == kHasWgmma ? Shape<kWgmma>::kThreads 
       }
       publish_barriers();
     }
+    if (threadIdx.x / kWarpSize == 1) {
+      const int lane = threadIdx.x % kWarpSize;
+      const Cut found =
+          cut_call(params.batch, kRows, kRowStep, params.heads.num_kv_heads, gridDim.x, lane);
+      if (lane == 0) cut = found;
+    }
+    wait_for_previous_launch();
+    // The next one finds all done that this one had to wait for.
+    allow_next_launch();
     __syncthreads();
     if (threadIdx.x >= kRows * kWarpSize) {
 #ifdef MINICPM41_HAS_WGMMA
       shrink_registers<24>();
 #endif
-      load_tiles<kWgmma>(params, ring);
+      load_tiles<kWgmma>(params, cut, ring);
     } else {
 #ifdef MINICPM41_HAS_WGMMA
       grow_registers<160>();
 #endif
-      select_rows<T, kWgmma>(params, ring, keys);
+      select_rows<T, kWgmma>(params, cut, ring, keys);
     }
   }
 }
 
 template <bool kWgmma>
-Status launch_rows(const SelectBlocksParams& params, void* stream, bool* is_compiled) {
+Status launch_rows(const SelectBlocksParams& params, const Device& device, void* stream,
+                   bool* is_compiled) {
   const char* op = "select_blocks";
   using Kernel = void (*)(SelectBlocksParams);
   const Kernel kernel = params.heads.dtype == kFloat16
@@ -851,11 +836,9 @@ Status launch_rows(const SelectBlocksParams& params, void* stream, bool* is_comp
   int fits = 0;
   error = count_clusters(kernel, shape.threads, shape.shared_bytes, 1, &fits);
   if (error != cudaSuccess) return launch_status(op, error);
-  constexpr int kRows = Shape<kWgmma>::kRows;
-  const Batch& batch = params.batch;
-  const int64_t tiles = (batch.num_tokens + kRows - 1) / kRows + int64_t{batch.batch_size};
-  shape.grid = dim3(static_cast<unsigned>(
-      std::min<int64_t>(std::max(fits, 1), tiles * params.heads.num_kv_heads)));
+  shape.grid = dim3(static_cast<unsigned>(std::min<int64_t>(
+      std::max(fits, 1), most_tiles(params.batch, kRowStep) * params.heads.num_kv_heads)));
+  shape.overlap = device.has_clusters();  // with select_blocks_decode
   return launch_status(op, launch(kernel, shape, stream, params));
 }
 
@@ -872,8 +855,10 @@ Status select_blocks_prefill(const SelectBlocksParams& params, const Device& dev
   if (!check.ok()) return check.status();
   bool is_compiled = false;
   Status status;
-  if (device.has_clusters()) status = launch_rows<true>(params, stream, &is_compiled);
-  if (status.ok() && !is_compiled) status = launch_rows<false>(params, stream, &is_compiled);
+  if (device.has_clusters()) status = launch_rows<true>(params, device, stream, &is_compiled);
+  if (status.ok() && !is_compiled) {
+    status = launch_rows<false>(params, device, stream, &is_compiled);
+  }
   return status;
 }
 

@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kAllThreads, 1)
   const bool is_row = token >= 0 && load_query_row(params.batch, token, &row);
   if (!is_row || is_prefill(row.query_len)) {
     if (!is_row && token >= 0 && rank == 0) write_padding<T>(params, token, kv_head);
-    wait_for_previous_launch();
+    wait_without_row(by_request);
     return;
   }
   const int own = row.position / kBlockSize;
@@ -608,11 +608,18 @@ __global__ void sparse_decode_sm90_kernel(const __grid_constant__ SparseAttentio
 // Of a launch whose rows go by request: nothing else visits the padding.
 template <typename T>
 __global__ void clear_padding_kernel(const __grid_constant__ SparseAttentionParams params) {
-  const int token = blockIdx.x;
-  if (__ldg(params.batch.batch_id_per_token + token) >= 0) return;
-  for (int kv_head = 0; kv_head < params.heads.num_kv_heads; ++kv_head) {
-    write_padding<T>(params, token, kv_head);
+  allow_next_launch();
+  const int first = blockIdx.x * kWarpSize;
+  const int token = first + static_cast<int>(threadIdx.x) % kWarpSize;
+  unsigned padding =
+      __ballot_sync(kAllLanes, token < params.batch.num_tokens &&
+                                   __ldg(params.batch.batch_id_per_token + token) < 0);
+  for (; padding != 0; padding &= padding - 1) {
+    for (int kv_head = 0; kv_head < params.heads.num_kv_heads; ++kv_head) {
+      write_padding<T>(params, first + __ffs(padding) - 1, kv_head);
+    }
   }
+  wait_without_row(/*by_request=*/true);
 }
 
 template <typename T>
@@ -622,8 +629,9 @@ cudaError_t launch_decode(const SparseAttentionParams& params, const LaunchShape
                                    maps[1], shape.cluster, stages, by_request);
   if (error != cudaSuccess || !by_request) return error;
   LaunchShape clear;
-  clear.grid = dim3(params.batch.num_tokens);
+  clear.grid = dim3((params.batch.num_tokens + kWarpSize - 1) / kWarpSize);
   clear.threads = kThreads;
+  clear.overlap = true;
   return launch(clear_padding_kernel<T>, clear, stream, params);
 }
 

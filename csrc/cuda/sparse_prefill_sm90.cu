@@ -96,6 +96,7 @@ __device__ __forceinline__ void make_marks(Tiles& tiles, Signals& signals,
   const int large_turns = cut.large_tiles * kv_heads;
   const int turns = large_turns + cut.small_tiles * kv_heads;
   Cursor<2> buffer;
+  wait_for_previous_launch();  // for the lists
   // One kv head after the other, so that L2 serves one at a time; the latest positions, whose lists
   // are the longest, first.
   for (int turn = blockIdx.x;; turn += gridDim.x) {
@@ -444,6 +445,7 @@ Status sparse_prefill_sm90(const SparseAttentionParams& params, void* stream) {
   if (error != cudaSuccess) return launch_status(op, error);
   shape.grid = dim3(static_cast<unsigned>(
       std::min<int64_t>(fits, most_tiles(batch, kWarps) * heads.num_kv_heads)));
+  shape.overlap = true;  // with sparse_decode_sm90
   return launch_status(op, launch(kernel, shape, stream, params, k_map, v_map));
 }
 
