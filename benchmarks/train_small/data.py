@@ -26,8 +26,9 @@ from fd_minicpm41.reference.tokenizer import Tokenizer
 from fd_minicpm41.small_model import tasks
 from fd_minicpm41.small_model.tasks import Message, Question, Retrieval, Split
 
-# What a token is to the loss.
-IGNORED, PROSE, REPLY, VALUE = range(4)
+# What a token is to the loss. The first token of a value is what has to be found; the others of
+# it only go on from there.
+IGNORED, PROSE, REPLY, VALUE, FIRST = range(5)
 
 END = "<|im_end|>"
 # Rotary positions of short documents are stretched to this span, so that a fact is looked for over
@@ -36,9 +37,10 @@ LONGEST = 16384
 QUESTION_TOKENS = 56
 HEAD_TOKENS = 24
 # Documents of these lengths hold at most so many facts.
-MOST_FACTS = {512: 5, 1024: 10, 2048: 16, 4096: 20, 8192: 24, 16384: 32}
+MOST_FACTS = {256: 2, 512: 5, 1024: 10, 2048: 16, 4096: 20, 8192: 24, 16384: 32}
 THINKING_DOCUMENTS = 0.2
 THINKING = "I look it up in the text."
+THINKING_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a batch of one length consists of; shares of sequences, the rest is prose."""
+    """What a batch of one length consists of; shares of sequences, the rest is prose.
+
+    ``stretch`` is the share of documents whose positions are stretched.
+    """
 
     length: int
     tokens: int
     retrieval: float
     chats: float
+    stretch: float = 0.0
 
 
 class Writer:
@@ -91,36 +97,40 @@ class Writer:
             rng, self.paragraphs, self.length_of, target_tokens, facts, split
         )
 
-    def question_segments(
-        self, messages: Sequence[Message], question: Question, thinking: bool, document: bool
-    ) -> list[tuple[str, int]]:
-        """A question's turn and its reply; the value is told apart."""
-        prompt = self.chat.render_chat(messages, enable_thinking=thinking)
+    def document_segments(self, made: Retrieval, prompt: str) -> list[tuple[str, int]]:
+        """A prompt with a document. Of it only what a fact repeats of itself is learned: prose in
+        documents would be seen too often and be learned by heart."""
+        segments, done = [], 0
+        for question in made.questions:
+            start = prompt.index(question.reply) + len(question.reply) + len(tasks.REMEMBER)
+            end = prompt.index(".", start) + 1
+            segments += [(prompt[done:start], IGNORED), (prompt[start:end], REPLY)]
+            done = end
+        return [*segments, (prompt[done:], IGNORED)]
+
+    def reply_segments(self, question: Question, thinking: bool) -> list[tuple[str, int]]:
+        """The reply to a question; the value is told apart."""
         before, value, after = question.reply.rpartition(" " + question.answer)
         if thinking:
             before = f"<think>\n{THINKING}\n</think>\n{before}"
-        return [
-            (prompt, PROSE if document else IGNORED),
-            (before, REPLY),
-            (value, VALUE),
-            (after + END, REPLY),
-            ("\n", IGNORED),
-        ]
+        return [(before, REPLY), (value, VALUE), (after + END, REPLY), ("\n", IGNORED)]
 
-    def document_sequence(self, rng: Random, length: int) -> list[tuple[str, int]]:
+    def document_sequence(
+        self, rng: Random, length: int, split: Split = "train"
+    ) -> list[tuple[str, int]]:
         """A document and questions about all its facts, as one conversation."""
         most = MOST_FACTS[length]
-        facts = rng.randint(most // 2, most)
-        target = length - facts * QUESTION_TOKENS - HEAD_TOKENS
+        facts = rng.randint(max(2, most // 2), most)
         thinking = rng.random() < THINKING_DOCUMENTS
-        if thinking:
-            target -= facts * 12
-        made = self.retrieval(rng, target, facts)
+        each = QUESTION_TOKENS + (THINKING_TOKENS if thinking else 0)
+        made = self.retrieval(rng, length - facts * each - HEAD_TOKENS, facts, split)
         segments: list[tuple[str, int]] = []
         for i, question in enumerate(rng.sample(made.questions, len(made.questions))):
             alone: list[Message] = [{"role": "user", "content": question.question}]
             messages = made.messages(question) if i == 0 else alone
-            segments += self.question_segments(messages, question, thinking, document=i == 0)
+            prompt = self.chat.render_chat(messages, enable_thinking=thinking)
+            segments += self.document_segments(made, prompt) if i == 0 else [(prompt, IGNORED)]
+            segments += self.reply_segments(question, thinking)
         return segments
 
     def chat_segments(self, rng: Random) -> list[tuple[str, int]]:
@@ -135,16 +145,18 @@ class Writer:
         for text, kind in segments:
             part = self.encode(text)
             ids += part
-            kinds += [kind] * len(part)
+            kinds += [FIRST if kind == VALUE else kind, *[kind] * (len(part) - 1)] if part else []
         return ids, kinds
 
-    def sequence(self, rng: Random, recipe: Recipe) -> tuple[list[int], list[int], list[int]]:
+    def sequence(
+        self, rng: Random, recipe: Recipe, split: Split = "train"
+    ) -> tuple[list[int], list[int], list[int]]:
         """ids, kinds and positions of one sequence, padded to the recipe's length."""
         length, which = recipe.length, rng.random()
         positions = list(range(length))
         if which < recipe.retrieval:
-            ids, kinds = self.tokens(self.document_sequence(rng, length))
-            if length <= LONGEST // 8 and rng.random() < 0.6:
+            ids, kinds = self.tokens(self.document_sequence(rng, length, split))
+            if rng.random() < recipe.stretch:
                 positions = stretched(rng, length)
         elif which < recipe.retrieval + recipe.chats:
             ids, kinds = [], []
@@ -161,9 +173,10 @@ class Writer:
         ids, kinds = ids + [0] * pad, kinds + [IGNORED] * pad
         return ids[:length], kinds[:length], positions
 
-    def batch(self, rng: Random, recipe: Recipe) -> Batch:
+    def batch(self, rng: Random, recipe: Recipe, split: Split = "train") -> Batch:
         """As many sequences as the recipe's tokens make."""
-        made = [self.sequence(rng, recipe) for _ in range(recipe.tokens // recipe.length)]
+        count = recipe.tokens // recipe.length
+        made = [self.sequence(rng, recipe, split) for _ in range(count)]
         ids, kinds, positions = zip(*made, strict=True)
         return Batch(
             np.asarray(ids, np.int16), np.asarray(kinds, np.uint8), np.asarray(positions, np.int32)

@@ -7,7 +7,7 @@ ties to the lower block. On a GPU long passes run on ``kernels.py``, elsewhere i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -400,6 +400,12 @@ class SmallMiniCPM(nn.Module):
                 cache.lengths += ids.shape[1]
         return self.model.norm(x) * self.config.logits_scale
 
+    def use_sparse(self, sparse: SparseConfig) -> None:
+        """Attends with other parameters of InfLLM-V2 from now on."""
+        self.config = replace(self.config, sparse=sparse)
+        for layer in self.model.layers:
+            layer.self_attn.config = self.config
+
     def forward(self, ids: Tensor, attention: AttentionKind = "dense") -> Tensor:
         """fp32 logits of whole sequences ``[batch, length]``."""
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -434,3 +440,19 @@ def initialise(model: SmallMiniCPM, seed: int) -> None:
             std *= 0.5
         with torch.no_grad():
             weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+
+@torch.no_grad()
+def cap_heads(model: SmallMiniCPM, most: float) -> None:
+    """Scales down query and key heads whose weights have grown to ``most`` times their first size.
+
+    The model has no norms on queries and keys: without a bound, attention hardens on a wrong match
+    before it has found the right one.
+    """
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            # Fan-in scaling makes the expected first size of a head sqrt(head_dim).
+            head_dim = layer.self_attn.config.head_dim
+            heads = projection.weight.view(-1, head_dim * projection.in_features)
+            size = heads.norm(dim=1, keepdim=True)
+            heads.mul_((most * head_dim**0.5 / size).clamp(max=1.0))

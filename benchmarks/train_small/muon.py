@@ -22,7 +22,11 @@ class Muon(torch.optim.Optimizer):
     """For two-dimensional weights; ``weight_decay`` is decoupled."""
 
     def __init__(
-        self, weights: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95
+        self,
+        weights: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
     ) -> None:
         super().__init__(weights, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 

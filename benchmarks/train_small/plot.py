@@ -20,7 +20,13 @@ def plot_loss(log: Path, picture: Path) -> bool:
 
     lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7), sharex=True)
-    for name, axis in (("prose", top), ("reply", bottom), ("value", bottom), ("selection", bottom)):
+    for name, axis in (
+        ("prose", top),
+        ("reply", bottom),
+        ("first", bottom),
+        ("value", bottom),
+        ("selection", bottom),
+    ):
         steps, values, mean = [], [], None
         for line in lines:
             value = line[name]

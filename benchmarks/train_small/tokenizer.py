@@ -30,9 +30,9 @@ ADDED_TOKENS = (
     "<|fim_middle|>",
     "<|fim_suffix|>",
 )
-# Words with their space, single digits, runs of marks, single spaces and newlines. So no piece
+# Words and single digits with their space, runs of marks, single spaces and newlines. So no piece
 # crosses from "think" to the bracket beside it.
-_PIECE = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s"
+_PIECE = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
 # Enough drawings that every word of the tasks becomes one piece.
 _DRAWINGS = 1500
 

@@ -33,18 +33,23 @@ from torch.nn import functional as F  # noqa: E402
 from fd_minicpm41.errors import UsageError  # noqa: E402
 from train_small import checkpoint, corpus, evaluate, tokenizer  # noqa: E402
 from train_small.card import write_card  # noqa: E402
-from train_small.data import IGNORED, PROSE, REPLY, VALUE, Batch, Feeder, Recipe, Writer  # noqa: E402
-from train_small.model import AttentionKind, Pass, SmallMiniCPM, initialise  # noqa: E402
+from train_small.data import FIRST, IGNORED, PROSE, REPLY, VALUE, Batch, Feeder, Recipe, Writer  # noqa: E402
+from train_small.model import AttentionKind, Pass, SmallMiniCPM, cap_heads, initialise  # noqa: E402
 from train_small.muon import Muon  # noqa: E402
 from train_small.plot import plot_loss  # noqa: E402
 
 SAVE_EVERY_S = 60.0
 NEEDED_GIB = 24
-MUON_LR, ADAM_LR, WEIGHT_DECAY = 4e-3, 4e-3, 0.05
+PEEK_EVERY_S = 20.0
+# Queries and keys learn more slowly, and their heads may grow to a multiple of their first size:
+# there are no norms on them.
+MUON_LR, QUERY_KEY_SHARE, ADAM_LR, WEIGHT_DECAY = 2e-3, 0.5, 2e-3, 0.05
+MOST_HEAD_GROWTH = 2.0
 WARM_UP, DECAY_FROM = 0.02, 0.5
-# Mean losses of prose, replies and values in them are added with these weights.
-LOSS_WEIGHTS = {PROSE: 0.5, REPLY: 1.0, VALUE: 1.0}
+# Mean losses of the kinds of tokens are added with these weights.
+LOSS_WEIGHTS = {PROSE: 0.5, REPLY: 1.0, VALUE: 0.5, FIRST: 1.0}
 SELECTION_WEIGHT = 0.5
+LOGGED = ("prose", "reply", "value", "first", "first_hits", "value_hits", "selection")
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Plan:
     """Everything that differs between a training and its rehearsal."""
 
     recipes: dict[str, Recipe]
+    peeks: dict[str, Recipe]
     phases: tuple[Phase, ...]
     # Recipes at least so long teach the selection, and are sparse in the last phase.
     probed_from: int
@@ -81,18 +87,26 @@ class Plan:
 
 FULL = Plan(
     recipes={
-        "512": Recipe(512, 32768, 0.65, 0.25),
-        "1k": Recipe(1024, 32768, 0.45, 0.4),
-        "2k": Recipe(2048, 32768, 0.85, 0.0),
-        "4k": Recipe(4096, 65536, 0.85, 0.0),
-        "8k": Recipe(8192, 65536, 0.85, 0.0),
-        "16k": Recipe(16384, 65536, 0.85, 0.0),
+        "256": Recipe(256, 32768, 0.8, 0.1),
+        "512": Recipe(512, 32768, 0.7, 0.2),
+        "512 stretched": Recipe(512, 32768, 0.7, 0.2, 0.6),
+        "1k": Recipe(1024, 32768, 0.5, 0.35, 0.6),
+        "2k": Recipe(2048, 32768, 0.85, 0.0, 0.6),
+        "4k": Recipe(4096, 32768, 0.85, 0.0),
+        "8k": Recipe(8192, 32768, 0.85, 0.0),
+        "16k": Recipe(16384, 32768, 0.85, 0.0),
+    },
+    peeks={
+        "512": Recipe(512, 16384, 1.0, 0.0),
+        "8k": Recipe(8192, 32768, 1.0, 0.0),
+        "prose": Recipe(2048, 16384, 0.0, 0.0),
     },
     phases=(
-        Phase("short", 0.28, {"512": 0.5, "1k": 0.5}),
-        Phase("longer", 0.45, {"1k": 0.35, "2k": 0.3, "4k": 0.35}),
-        Phase("long", 0.68, {"1k": 0.3, "4k": 0.2, "8k": 0.25, "16k": 0.25}),
-        Phase("sparse", 1.0, {"1k": 0.3, "4k": 0.15, "8k": 0.25, "16k": 0.3}, "sparse"),
+        Phase("first", 0.16, {"256": 0.6, "512": 0.4}),
+        Phase("short", 0.38, {"256": 0.15, "512": 0.15, "512 stretched": 0.4, "1k": 0.3}),
+        Phase("longer", 0.54, {"512 stretched": 0.2, "1k": 0.3, "2k": 0.25, "4k": 0.25}),
+        Phase("long", 0.75, {"1k": 0.35, "4k": 0.2, "8k": 0.2, "16k": 0.25}),
+        Phase("sparse", 1.0, {"1k": 0.35, "4k": 0.15, "8k": 0.2, "16k": 0.3}, "sparse"),
     ),
     probed_from=4096,
     probe_rows=128,
@@ -100,10 +114,11 @@ FULL = Plan(
     prompts=500,
     lengths=(1024, 2048, 4096, 8192, 16384),
     max_tokens=120,
-    examination_share=0.16,
+    examination_share=0.18,
 )
 REHEARSAL = Plan(
     recipes={"512": Recipe(512, 1024, 0.6, 0.4), "1k": Recipe(1024, 1024, 0.85, 0.0)},
+    peeks={"512": Recipe(512, 512, 1.0, 0.0)},
     phases=(
         Phase("short", 0.3, {"512": 1.0}),
         Phase("long", 0.6, {"512": 0.5, "1k": 0.5}),
@@ -130,11 +145,23 @@ class Trainer:
     def __init__(self, model: SmallMiniCPM, plan: Plan, seed: int) -> None:
         self.model, self.plan, self.seed = model, plan, seed
         named = dict(model.named_parameters())
-        matrices = [w for name, w in named.items() if "layers" in name and w.dim() == 2]
-        others = [w for name, w in named.items() if "layers" not in name or w.dim() != 2]
+        matrices = {n: w for n, w in named.items() if "layers" in n and w.dim() == 2}
+        slow = [w for n, w in matrices.items() if "q_proj" in n or "k_proj" in n]
+        fast = [w for n, w in matrices.items() if "q_proj" not in n and "k_proj" not in n]
+        others = [w for n, w in named.items() if n not in matrices]
         self.optimisers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=MUON_LR, weight_decay=WEIGHT_DECAY),
-            torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+            Muon(
+                [{"params": slow, "share": QUERY_KEY_SHARE}, {"params": fast, "share": 1.0}],
+                lr=MUON_LR,
+                weight_decay=WEIGHT_DECAY,
+            ),
+            torch.optim.AdamW(
+                [{"params": others, "share": 1.0}],
+                lr=ADAM_LR,
+                betas=(0.9, 0.95),
+                weight_decay=0.0,
+                fused=True,
+            ),
         ]
         self.elapsed = 0.0
         self.steps = 0
@@ -186,21 +213,18 @@ class Trainer:
             factor = max(0.02, (1.0 - share) / (1.0 - DECAY_FROM))
         for optimiser, rate in zip(self.optimisers, (MUON_LR, ADAM_LR), strict=True):
             for group in optimiser.param_groups:
-                group["lr"] = rate * max(factor, 0.02)
+                group["lr"] = rate * group["share"] * max(factor, 0.02)
 
-    def step(self, batch: Batch, phase: Phase, rng: np.random.Generator) -> Tensor:
-        """One step; returns the losses and hits to be logged, still on the device."""
-        length = batch.ids.shape[1]
-        to = {"device": self.device, "non_blocking": True}
+    def measure(
+        self, batch: Batch, attention: AttentionKind, probe: np.ndarray | None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and what is logged of it (``LOGGED``), both on the device."""
+        to: dict[str, Any] = {"device": self.device, "non_blocking": True}
         ids = torch.from_numpy(batch.ids).to(**to).long()
         positions = torch.from_numpy(batch.positions).to(**to).long()
         following = batch.kinds[:, 1:]
-        probed = length >= self.plan.probed_from
-        probe = None
-        if probed:
-            probe = torch.from_numpy(self._probe(batch, rng)).to(**to)
-        attention: AttentionKind = phase.attention if probed else "dense"
-        step = Pass(positions, attention, probe=probe)
+        rows = None if probe is None else torch.from_numpy(probe).to(**to)
+        step = Pass(positions, attention, probe=rows)
         # Chosen on the host, so that the device's shapes need not be waited for.
         where = np.flatnonzero(np.pad(following, ((0, 0), (0, 1))) != IGNORED)
         kinds = torch.from_numpy(following[following != IGNORED].astype(np.int64)).to(**to)
@@ -210,22 +234,38 @@ class Trainer:
             logits = self.model.lm_head(hidden).float()
         target = ids.flatten()[places + 1]
         each = F.cross_entropy(logits, target, reduction="none")
-        counts = torch.bincount(kinds, minlength=4).clamp_min(1)
-        means = torch.zeros(4, device=self.device).index_add(0, kinds, each) / counts
-        weights = torch.zeros(4, device=self.device)
-        for kind, weight in LOSS_WEIGHTS.items():
-            weights[kind] = weight
-        loss = (means * weights).sum()
+        counts = torch.bincount(kinds, minlength=FIRST + 1).clamp_min(1)
+        zeros = torch.zeros(FIRST + 1, device=self.device)
+        means = zeros.index_add(0, kinds, each) / counts
         selection = torch.as_tensor(step.selection_loss, device=self.device)
-        (loss + SELECTION_WEIGHT * selection).backward()
+        loss = SELECTION_WEIGHT * selection
+        for kind, weight in LOSS_WEIGHTS.items():
+            loss = loss + weight * means[kind]
+        with torch.no_grad():
+            hits = zeros.index_add(0, kinds, (logits.argmax(-1) == target).float()) / counts
+            shown = [*means[PROSE:].detach(), hits[FIRST], hits[VALUE], selection.detach()]
+        return loss, torch.stack([value.float() for value in shown])
+
+    def step(self, batch: Batch, phase: Phase, rng: np.random.Generator) -> Tensor:
+        """One step; returns what is to be logged, still on the device."""
+        probed = batch.ids.shape[1] >= self.plan.probed_from
+        probe = self._probe(batch, rng) if probed else None
+        loss, shown = self.measure(batch, phase.attention if probed else "dense", probe)
+        loss.backward()
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+        cap_heads(self.model, MOST_HEAD_GROWTH)
+        return shown
+
+    def peek(self, batches: dict[str, Batch]) -> dict[str, dict[str, float]]:
+        """Dense losses and hits on held-out batches."""
+        found = {}
         with torch.no_grad():
-            hits = torch.zeros(4, device=self.device)
-            hits.index_add_(0, kinds, (logits.argmax(-1) == target).float())
-            shown = [means[PROSE], means[REPLY], means[VALUE], (hits / counts)[VALUE], selection]
-            return torch.stack([value.detach().float() for value in shown])
+            for name, batch in batches.items():
+                values = self.measure(batch, "dense", None)[1].tolist()
+                found[name] = {n: round(v, 3) for n, v in zip(LOGGED, values, strict=True) if v}
+        return found
 
     def _probe(self, batch: Batch, rng: np.random.Generator) -> np.ndarray:
         """Rows whose selection is taught: half predict values and replies, half are any."""
@@ -237,7 +277,7 @@ class Trainer:
             answers = np.flatnonzero(kinds >= REPLY) - 1
             answers = answers[answers >= earliest]
             if len(answers):
-                values = np.flatnonzero(kinds == VALUE) - 1
+                values = np.flatnonzero(kinds >= VALUE) - 1
                 half = count // 2
                 rows[i, : half // 2] = rng.choice(answers, half // 2)
                 rows[i, half // 2 : half] = rng.choice(values, half - half // 2)
@@ -248,12 +288,17 @@ class Trainer:
         return next((p for p in self.plan.phases if share < p.until), self.plan.phases[-1])
 
 
-def train(trainer: Trainer, feeder: Feeder, budget_s: float, out: Path) -> None:
-    """Trains until ``budget_s`` seconds of training, those before a resume counted, are spent."""
+def train(
+    trainer: Trainer, feeder: Feeder, held_out: dict[str, Batch], budget_s: float, out: Path
+) -> None:
+    """Trains until ``budget_s`` seconds of training, those before a resume counted, are spent.
+
+    What the model makes of ``held_out`` is printed now and then.
+    """
     rng = np.random.default_rng([trainer.seed, trainer.starts])
     mix = random.Random(f"{trainer.seed}/{trainer.starts}")
     before = trainer.elapsed
-    began = saved = said = time.monotonic()
+    began = saved = said = peeked = time.monotonic()
     losses: list[tuple[str, int, Tensor]] = []
     current = ""
     events: list[Any] = []
@@ -280,6 +325,9 @@ def train(trainer: Trainer, feeder: Feeder, budget_s: float, out: Path) -> None:
             if time.monotonic() - said > 2.0:
                 said = time.monotonic()
                 _log(log, trainer, phase, losses)
+            if time.monotonic() - peeked > PEEK_EVERY_S:
+                peeked = time.monotonic()
+                print(f"{trainer.elapsed:6.1f} s  held out: {trainer.peek(held_out)}", flush=True)
             if time.monotonic() - saved > SAVE_EVERY_S:
                 trainer.save(out / "state.pt")
                 saved = time.monotonic()
@@ -288,10 +336,9 @@ def train(trainer: Trainer, feeder: Feeder, budget_s: float, out: Path) -> None:
 
 
 def _log(log: Any, trainer: Trainer, phase: Phase, losses: list[tuple[str, int, Tensor]]) -> None:
-    names = ("prose", "reply", "value", "value_hits", "selection")
     lines = []
     for recipe, number, values in losses:
-        given = {n: round(v, 4) for n, v in zip(names, values.tolist(), strict=True)}
+        given = {n: round(v, 4) for n, v in zip(LOGGED, values.tolist(), strict=True)}
         lines.append({"step": number, "phase": phase.name, "recipe": recipe} | given)
     for line in lines:
         log.write(json.dumps(line | {"elapsed_s": round(trainer.elapsed, 2)}) + "\n")
@@ -370,13 +417,17 @@ def run(args: argparse.Namespace) -> None:
             (out / "log.jsonl").unlink(missing_ok=True)
         spent = time.monotonic() - began
         budget = args.minutes * 60 * (1 - plan.examination_share) - spent
-        train(trainer, feeder, budget, out)
+        writer = Writer(folder, prose.held_out)
+        held_out = {
+            name: writer.batch(random.Random(name), recipe, "held_out")
+            for name, recipe in plan.peeks.items()
+        }
+        train(trainer, feeder, held_out, budget, out)
     finally:
         feeder.close()
 
     weights = export(model, folder, out)
     print(f"{time.monotonic() - began:6.1f} s  trained {trainer.steps} steps", flush=True)
-    writer = Writer(folder, prose.held_out)
     scores: dict[str, Any] = {}
     examinations = evaluate.evaluate(
         model, writer, plan.questions, plan.prompts, plan.lengths, plan.max_tokens
@@ -408,6 +459,9 @@ def run(args: argparse.Namespace) -> None:
             "arguments": {"seed": args.seed, "minutes": args.minutes, "rehearse": args.rehearse},
             "plan": dataclasses.asdict(plan),
             "muon_lr": MUON_LR,
+            "query_key_share": QUERY_KEY_SHARE,
+            "most_head_growth": MOST_HEAD_GROWTH,
+            "loss_weights": {str(kind): weight for kind, weight in LOSS_WEIGHTS.items()},
             "adam_lr": ADAM_LR,
             "weight_decay": WEIGHT_DECAY,
             "warm_up": WARM_UP,

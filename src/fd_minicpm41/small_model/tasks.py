@@ -77,6 +77,7 @@ CITIES = _words(
 )
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
+REMEMBER = " Remember it:"
 READ = "Read the text and remember the facts in it.\n\n"
 
 _SENTENCE_END = re.compile(
@@ -158,8 +159,8 @@ def _make_fact(rng: Random, kind: FactKind, thing: str, split: Split) -> _Fact:
             if split_of(value) == split:
                 break
         sentence = (
-            f"The pass key of the {thing} is {value}. "
-            f"Remember it: {value} is the pass key of the {thing}."
+            f"The pass key of the {thing} is {value}."
+            f"{REMEMBER} {value} is the pass key of the {thing}."
         )
         question = f"What is the pass key of the {thing}?"
         reply = f"The pass key of the {thing} is {value}."
@@ -177,11 +178,18 @@ def _make_fact(rng: Random, kind: FactKind, thing: str, split: Split) -> _Fact:
 
 
 def _draw_things(rng: Random, count: int, split: Split) -> list[str]:
+    """Different things; while there are words left, no two share one."""
     things: dict[str, None] = {}
     while len(things) < count:
-        thing = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
-        if split_of(thing) == split:
-            things[thing] = None
+        unused = set(ADJECTIVES)
+        for noun in rng.sample(NOUNS, len(NOUNS)):
+            pairs = [(a, f"{a} {noun}") for a in ADJECTIVES]
+            fresh = [(a, t) for a, t in pairs if split_of(t) == split and t not in things]
+            choice = [pair for pair in fresh if pair[0] in unused] or fresh
+            if choice and len(things) < count:
+                adjective, thing = rng.choice(choice)
+                things[thing] = None
+                unused.discard(adjective)
     return list(things)
 
 
