@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from random import Random
 from typing import get_args
 
@@ -77,11 +78,11 @@ def make_documents(
     """
     rng = Random(f"{seed} {length}")
     needles, room = needles_of(length, count), length - _other_tokens(tokenizer)
+    # Documents of one book have many sentences in common.
+    length_of = cache(lambda text: len(_plain(tokenizer, text)))
     documents = []
     while count > 0:
-        made = make_retrieval(
-            rng, paragraphs, lambda text: len(_plain(tokenizer, text)), room, needles, "held_out"
-        )
+        made = make_retrieval(rng, paragraphs, length_of, room, needles, "held_out")
         asked = list(made.questions)
         if len(asked) > count:
             asked = sorted(rng.sample(asked, count), key=lambda question: question.depth)
