@@ -35,6 +35,8 @@ END = "<|im_end|>"
 # long distances from the beginning of training on.
 LONGEST = 16384
 QUESTION_TOKENS = 56
+# A fact in its shortest form.
+DRILL_TOKENS = 15
 HEAD_TOKENS = 24
 # Documents of these lengths hold at most so many facts.
 MOST_FACTS = {256: 2, 512: 5, 1024: 10, 2048: 16, 4096: 20, 8192: 24, 16384: 32}
@@ -56,7 +58,7 @@ class Batch:
 class Recipe:
     """What a batch of one length consists of; shares of sequences, the rest is prose.
 
-    ``stretch`` is the share of documents whose positions are stretched.
+    ``stretch`` is the share of documents and drills whose positions are stretched.
     """
 
     length: int
@@ -64,6 +66,7 @@ class Recipe:
     retrieval: float
     chats: float
     stretch: float = 0.0
+    drills: float = 0.0
 
 
 class Writer:
@@ -133,6 +136,18 @@ class Writer:
             segments += self.reply_segments(question, thinking)
         return segments
 
+    def drill_segments(
+        self, rng: Random, length: int, split: Split = "train"
+    ) -> list[tuple[str, int]]:
+        """Facts told twice, the second time in another order: many times more matches to learn from
+        than a document has, and in the words of its replies."""
+        facts = tasks.draw_questions(rng, (length - 2) // (2 * DRILL_TOKENS), split)
+        segments = [(" ".join(fact.reply for fact in facts) + "\n", IGNORED)]
+        for fact in rng.sample(facts, len(facts)):
+            before, value, after = fact.reply.rpartition(" " + fact.answer)
+            segments += [(before, IGNORED), (value, VALUE), (after + "\n", IGNORED)]
+        return segments
+
     def chat_segments(self, rng: Random) -> list[tuple[str, int]]:
         """One short conversation of a random kind."""
         prompt = tasks.make_prompt(rng, rng.choice(tasks.PROMPT_KINDS))
@@ -156,9 +171,9 @@ class Writer:
         positions = list(range(length))
         if which < recipe.retrieval:
             ids, kinds = self.tokens(self.document_sequence(rng, length, split))
-            if rng.random() < recipe.stretch:
-                positions = stretched(rng, length)
-        elif which < recipe.retrieval + recipe.chats:
+        elif which < recipe.retrieval + recipe.drills:
+            ids, kinds = self.tokens(self.drill_segments(rng, length, split))
+        elif which < recipe.retrieval + recipe.drills + recipe.chats:
             ids, kinds = [], []
             while len(ids) < length:
                 some, their_kinds = self.tokens(self.chat_segments(rng))
@@ -169,6 +184,8 @@ class Writer:
         else:
             ids = self.prose(rng, length)
             kinds = [PROSE] * length
+        if which < recipe.retrieval + recipe.drills and rng.random() < recipe.stretch:
+            positions = stretched(rng, length)
         pad = length - len(ids)
         ids, kinds = ids + [0] * pad, kinds + [IGNORED] * pad
         return ids[:length], kinds[:length], positions

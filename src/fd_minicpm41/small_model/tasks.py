@@ -177,6 +177,14 @@ def _make_fact(rng: Random, kind: FactKind, thing: str, split: Split) -> _Fact:
     return _Fact(sentence, Question(question, value, reply, 0.0, kind))
 
 
+def draw_questions(rng: Random, count: int, split: Split = "train") -> list[Question]:
+    """Questions about different things, without a document; their depth is 0."""
+    return [
+        _make_fact(rng, rng.choice(FACT_KINDS), thing, split).question
+        for thing in _draw_things(rng, count, split)
+    ]
+
+
 def _draw_things(rng: Random, count: int, split: Split) -> list[str]:
     """Different things; while there are words left, no two share one."""
     things: dict[str, None] = {}
