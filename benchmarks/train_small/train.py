@@ -43,7 +43,7 @@ NEEDED_GIB = 24
 PEEK_EVERY_S = 20.0
 # Queries and keys learn more slowly, and their heads may grow to a multiple of their first size:
 # there are no norms on them.
-MUON_LR, QUERY_KEY_SHARE, ADAM_LR, WEIGHT_DECAY = 2e-3, 0.5, 2e-3, 0.05
+MUON_LR, QUERY_KEY_SHARE, ADAM_LR, WEIGHT_DECAY = 3e-3, 0.67, 3e-3, 0.05
 MOST_HEAD_GROWTH = 2.0
 WARM_UP, DECAY_FROM = 0.02, 0.5
 # Mean losses of the kinds of tokens are added with these weights.
