@@ -124,10 +124,10 @@ struct SparseAttentionParams {
 constexpr int kTileRows = 16;
 constexpr int kTileColumns = 128;
 
-// W [out_features, in_features]. Row r, column k of a tile: lane = 4 * (r % 8) + k / 8 % 4, and in
-// this lane block b = k / 32, half h = r / 8, pair p = k % 8 / 2, element e = k % 2. The lane's
+// W [out_features, in_features]. Row r, column k of a tile: lane = 4 * (r % 8) + k / 2 % 4, and in
+// this lane block b = k / 32, half h = r / 8, pair p = k / 8 % 4, element e = k % 2. The lane's
 // codes lie in chunks of 16 bytes, tile = [chunk][32 lanes][16 bytes], as little-endian words:
-//   2 bits: 1 chunk,  word b,                     bits 16 e + 2 (4 h + p)
+//   2 bits: 1 chunk,  word 2 (b / 2) + h,         bits 16 e + 2 (4 (b % 2) + p)
 //   4 bits: 2 chunks, chunk b / 2, word 2 (b % 2) + h,  bits 16 e + 4 p
 //   8 bits: 4 chunks, chunk b, word 2 h + p / 2,  bits 16 (p % 2) + 8 e
 struct LowBitWeight {

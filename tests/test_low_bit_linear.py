@@ -200,10 +200,10 @@ def test_a_code_lies_where_the_layout_says(bits: int) -> None:
     for row in range(32):
         for column in range(256):
             r, k = row % 16, column % 128
-            lane, b, h = 4 * (r % 8) + k // 8 % 4, k // 32, r // 8
-            p, e = k % 8 // 2, k % 2
+            lane, b, h = 4 * (r % 8) + k // 2 % 4, k // 32, r // 8
+            p, e = k // 8 % 4, k % 2
             chunk, word, shift = {
-                2: (0, b, 16 * e + 2 * (4 * h + p)),
+                2: (0, 2 * (b // 2) + h, 16 * e + 2 * (4 * (b % 2) + p)),
                 4: (b // 2, 2 * (b % 2) + h, 16 * e + 4 * p),
                 8: (b, 2 * h + p // 2, 16 * (p % 2) + 8 * e),
             }[bits]

@@ -18,7 +18,7 @@ static_assert(kTileRows == kLanes, "a tile's rows fill one column of lanes");
 // The levels (code - zero / 2) of one tile row of tiles, in columns [first, first + kChunk):
 // levels [kChunk, kLanes], row r in lane r.
 inline void decode_levels(const LowBitWeight& weight, int row_tile, int first, float* levels) {
-  constexpr int kTileLanes = 32, kBlock = 32, kRun = 8;
+  constexpr int kTileLanes = 32, kBlock = 32, kPairs = 4;
   const int bits = weight.bits;
   const int64_t tile = int64_t{row_tile} * tile_columns(weight) + first / kTileColumns;
   const uint8_t* bytes = weight.qweight + tile * tile_bytes(weight);
@@ -27,20 +27,21 @@ inline void decode_levels(const LowBitWeight& weight, int row_tile, int first, f
   for (int block = first % kTileColumns / kBlock; block < (first % kTileColumns + kChunk) / kBlock;
        ++block) {
     for (int lane = 0; lane < kTileLanes; ++lane) {
-      const int column = (block * kBlock + lane % 4 * kRun) % kChunk;
+      const int column = (block * kBlock + lane % 4 * 2) % kChunk;
       for (int half = 0; half < 2; ++half) {
         const int row = lane / 4 + 8 * half;
-        for (int pair = 0; pair < kRun / 2; ++pair) {
+        for (int pair = 0; pair < kPairs; ++pair) {
           int chunk = block, word = 2 * half + pair / 2, shift = 16 * (pair % 2), step = 8;
           if (bits == 4) {
             chunk = block / 2, word = 2 * (block % 2) + half, shift = 4 * pair, step = 16;
           } else if (bits == 2) {
-            chunk = 0, word = block, shift = 2 * (4 * half + pair), step = 16;
+            chunk = 0, word = 2 * (block / 2) + half, step = 16;
+            shift = 2 * (4 * (block % 2) + pair);
           }
           uint32_t codes;
           std::memcpy(&codes, bytes + ((chunk * kTileLanes + lane) * 4 + word) * 4, sizeof codes);
           for (int element = 0; element < 2; ++element) {
-            levels[(column + 2 * pair + element) * kLanes + row] =
+            levels[(column + 8 * pair + element) * kLanes + row] =
                 static_cast<float>(codes >> (shift + element * step) & mask) - zero;
           }
         }

@@ -1,7 +1,8 @@
 // Rows of a low-bit weight as numbers that a library multiplies by: one warp a tile of 16 x 128.
 //
-// A lane's eight neighbouring columns of a row leave as one store; a Hadamard transform is undone
-// in fp32 over the lane's own columns and those of the three lanes beside it.
+// Four lanes first exchange codes, so that each has eight neighbouring columns of a row, which
+// leave as one store; a Hadamard transform is undone in fp32 over the lane's own columns and those
+// of the three lanes beside it.
 #include <cuda_fp8.h>
 
 #include "common.cuh"
@@ -16,6 +17,40 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kRun = 8;  // neighbouring columns of a lane
 constexpr int kBlocks = kTileColumns / 32;
 
+// Four lanes hold pairs 0 to 3 of their columns each: afterwards lane t has pair t of each of the
+// four, those of lane 0 first. One of two steps: fields under `mask`, which lanes without bit
+// `step` keep, and those `shift` bits above.
+__device__ __forceinline__ uint32_t exchange(uint32_t word, int step, uint32_t mask, int shift,
+                                             int lane) {
+  const uint32_t other = __shfl_xor_sync(kAllLanes, word, step);
+  return lane & step ? (word & ~mask) | (other & ~mask) >> shift
+                     : (word & mask) | (other & mask) << shift;
+}
+template <int kBits>
+__device__ __forceinline__ uint4 turn(const uint4& chunk, int lane) {
+  uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+  for (uint32_t& word : words) {
+    word = exchange(word, 1,
+                    kBits == 2   ? 0x33333333u
+                    : kBits == 4 ? 0x0f0f0f0fu
+                                 : 0x0000ffffu,
+                    kBits == 8 ? 16 : kBits, lane);
+    if (kBits < 8)
+      word = exchange(word, 2, kBits == 2 ? 0x0f0f0f0fu : 0x00ff00ffu, 2 * kBits, lane);
+  }
+  if (kBits == 8) {  // pairs 2 and 3 are in the next word
+#pragma unroll
+    for (int word = 0; word < 4; word += 2) {
+      const bool is_high = lane & 2;
+      const uint32_t other = __shfl_xor_sync(kAllLanes, is_high ? words[word] : words[word + 1], 2);
+      words[word] = is_high ? other : words[word];
+      words[word + 1] = is_high ? words[word + 1] : other;
+    }
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 // The 8 codes of one block of 32 columns and one half of the rows that a lane holds.
 template <int kBits>
 __device__ __forceinline__ void decode_run(const uint4 (&chunks)[kBits / 2], int block, int half,
@@ -25,9 +60,11 @@ __device__ __forceinline__ void decode_run(const uint4 (&chunks)[kBits / 2], int
 #pragma unroll
   for (int pair = 0; pair < kRun / 2; ++pair) {
     const uint32_t word =
-        words[kBits == 2 ? block
+        words[kBits == 2 ? 2 * (block / 2) + half
                          : 2 * (kBits == 4 ? block % 2 : half) + (kBits == 4 ? half : pair / 2)];
-    const int shift = kBits == 2 ? 2 * (4 * half + pair) : kBits == 4 ? 4 * pair : 16 * (pair % 2);
+    const int shift = kBits == 2   ? 2 * (4 * (block % 2) + pair)
+                      : kBits == 4 ? 4 * pair
+                                   : 16 * (pair % 2);
 #pragma unroll
     for (int element = 0; element < 2; ++element) {
       const uint32_t code = word >> (shift + element * (kBits == 8 ? 8 : 16)) & ((1u << kBits) - 1);
@@ -81,7 +118,8 @@ __global__ void __launch_bounds__(kThreads, 4)
                                                           (kTileRows * kTileColumns / 8 * kBits));
   uint4 chunks[kBits / 2];
 #pragma unroll
-  for (int i = 0; i < kBits / 2; ++i) chunks[i] = __ldg(codes + i * kWarpSize + lane);
+  for (int i = 0; i < kBits / 2; ++i)
+    chunks[i] = turn<kBits>(__ldg(codes + i * kWarpSize + lane), lane);
 
   const int groups = weight.in_features / weight.group;
   const float zero = 0.5f * static_cast<float>(weight.zero);

@@ -17,11 +17,12 @@ namespace cuda {
 
 // ---- host ----
 
-// A tensor map over the pages of a K or V cache: one copy brings the page of one kv head, 64 rows
-// of 128 numbers, as two halves of 64 numbers a row, each in the 128-byte swizzle that wgmma reads.
-// The half is a third dimension, since a swizzled row is 128 bytes at most.
-inline Status encode_page_map(const char* op, const void* cache, int num_pages, int num_kv_heads,
-                              int dtype, CUtensorMap* map) {
+// A tensor map over `data`: `sizes` numbers, the innermost dimension first, `strides` bytes between
+// neighbours in the others, copied in boxes of `box`.
+template <size_t kRank>
+Status encode_map(const char* op, CUtensorMapDataType type, const void* data,
+                  const cuuint64_t (&sizes)[kRank], const cuuint64_t (&strides)[kRank - 1],
+                  const cuuint32_t (&box)[kRank], CUtensorMapSwizzle swizzle, CUtensorMap* map) {
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -36,19 +37,27 @@ inline Status encode_page_map(const char* op, const void* cache, int num_pages, 
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
   }();
   if (encode == nullptr) return {std::string(op) + ": the driver has no cuTensorMapEncodeTiled"};
-  constexpr cuuint32_t kHalf = kHeadDim / 2;
-  const cuuint64_t sizes[3] = {kHalf, cuuint64_t(num_pages) * num_kv_heads * kBlockSize, 2};
-  const cuuint64_t strides[2] = {kRowBytes, kRowBytes / 2};
-  const cuuint32_t box[3] = {kHalf, kBlockSize, 2};
-  const cuuint32_t steps[3] = {1, 1, 1};
-  const CUresult result = encode(
-      map, dtype == kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      3, const_cast<void*>(cache), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  cuuint32_t steps[kRank];
+  std::fill(steps, steps + kRank, 1);
+  const CUresult result =
+      encode(map, type, kRank, const_cast<void*>(data), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return {};
-  return {std::string(op) + ": cuTensorMapEncodeTiled refused the cache: CUDA driver error " +
+  return {std::string(op) + ": cuTensorMapEncodeTiled refused the data: CUDA driver error " +
           std::to_string(result)};
+}
+
+// A tensor map over the pages of a K or V cache: one copy brings the page of one kv head, 64 rows
+// of 128 numbers, as two halves of 64 numbers a row, each in the 128-byte swizzle that wgmma reads.
+// The half is a third dimension, since a swizzled row is 128 bytes at most.
+inline Status encode_page_map(const char* op, const void* cache, int num_pages, int num_kv_heads,
+                              int dtype, CUtensorMap* map) {
+  constexpr cuuint32_t kHalf = kHeadDim / 2;
+  return encode_map(
+      op, dtype == kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      cache, {kHalf, cuuint64_t(num_pages) * num_kv_heads * kBlockSize, 2},
+      {kRowBytes, kRowBytes / 2}, {kHalf, kBlockSize, 2}, CU_TENSOR_MAP_SWIZZLE_128B, map);
 }
 
 // Whether this library holds a kernel of sm_90a for the current device: elsewhere it is compiled to

@@ -1,6 +1,6 @@
 // The host's side of low_bit_linear: which kernel, how many blocks, how deep a ring; and the
 // Hadamard transform of x, which goes first where a weight wants it.
-#include "low_bit_linear.cuh"
+#include "low_bit_linear_one_token.cuh"
 
 namespace minicpm41 {
 namespace cuda {
@@ -12,11 +12,11 @@ constexpr int kNumbersPerLane = 4;
 constexpr int kBulkAlignment = 16;
 constexpr int kFewTokens = 8;  // one tile of operand columns
 
-// x in the order in which a stage takes it (LinearKernelParams), or x H, in fp32 and rounded once:
-// four neighbours a lane, 16 or 32 lanes a block of H.
+// x in the order in which a stage takes it (LinearKernelParams), or row by row; or x H, in fp32 and
+// rounded once: four neighbours a lane, 16 or 32 lanes a block of H.
 template <typename T>
 __global__ void __launch_bounds__(kArrangeThreads)
-    arrange_kernel(const T* x, T* out, int num_tokens, int in_features, int hadamard) {
+    arrange_kernel(const T* x, T* out, int num_tokens, int in_features, int hadamard, bool by_row) {
   allow_next_launch();
   wait_for_previous_launch();
   const int column = (blockIdx.x * kArrangeThreads + threadIdx.x) * kNumbersPerLane;
@@ -39,13 +39,15 @@ __global__ void __launch_bounds__(kArrangeThreads)
     pairs.x = Pair<T>::pack(v[0] * norm, v[1] * norm);
     pairs.y = Pair<T>::pack(v[2] * norm, v[3] * norm);
   }
-  const int swap = token % 2 * (kXSwap / static_cast<int>(sizeof(T)));
+  constexpr int kChunk = kChunkBytes / sizeof(T);
   const int64_t row = int64_t{column / kTileColumns} * num_tokens + token;
-  *reinterpret_cast<uint2*>(out + row * kTileColumns + (column % kTileColumns ^ swap)) = pairs;
+  const int swapped = column % kTileColumns ^ token % 8 * kChunk;
+  const int64_t at = by_row ? int64_t{token} * in_features + column : row * kTileColumns + swapped;
+  *reinterpret_cast<uint2*>(out + at) = pairs;
 }
 
 template <typename T>
-cudaError_t launch_arrange(const LowBitLinearParams& params, int first, int num_tokens,
+cudaError_t launch_arrange(const LowBitLinearParams& params, int first, int num_tokens, bool by_row,
                            bool overlap, void* stream) {
   const int in_features = params.weight.in_features;
   constexpr int kNumbers = kArrangeThreads * kNumbersPerLane;
@@ -56,7 +58,7 @@ cudaError_t launch_arrange(const LowBitLinearParams& params, int first, int num_
   return launch(arrange_kernel<T>, shape, stream,
                 static_cast<const T*>(params.x) + int64_t{first} * in_features,
                 static_cast<T*>(params.workspace), num_tokens, in_features,
-                int{params.weight.hadamard});
+                int{params.weight.hadamard}, bool{by_row});
 }
 
 // What one launch takes: as many tokens as leave room for two stages, more stages where they fit.
@@ -67,6 +69,11 @@ struct Plan {
   int shared_bytes;
   bool is_long;
 };
+
+// Columns to groups; a whole row is one.
+int group_shift(const LowBitWeight& weight) {
+  return weight.group == 64 ? 6 : weight.group == 128 ? 7 : 31;
+}
 
 // One token is read where it lies.
 bool is_arranged(const LowBitWeight& weight, int num_tokens) {
@@ -94,21 +101,25 @@ bool plan_ring(const LinearKernel& kernel, int tokens, int bits, const Device& d
   return plan->stages >= 2;
 }
 
+// Each multiprocessor gets several blocks, however many rows a warp takes.
+bool has_many_rows(const LowBitWeight& weight, const Device& device) {
+  return tile_rows(weight) >= 8 * device.multiprocessors;
+}
+
 bool plan_launch(const LowBitLinearParams& params, const Device& device, Plan* plan) {
   const LowBitWeight& weight = params.weight;
   // A row of tiles is a stage for each 16 tiles of it.
   constexpr int kStageTiles = 16, kManyStages = 8;
   const int64_t stages = int64_t{tile_rows(weight)} * tile_columns(weight) / kStageTiles;
   plan->is_long = stages > int64_t{kManyStages} * device.multiprocessors;
-  // Then each multiprocessor still gets several blocks.
-  const bool has_many_rows = tile_rows(weight) >= kManyStages * device.multiprocessors;
+  const bool many_rows = has_many_rows(weight, device);
   const auto kernel_of = weight.bits == 2   ? w2_linear_kernel
                          : weight.bits == 4 ? w4_linear_kernel
                                             : w8_linear_kernel;
   for (int tokens = params.num_tokens; tokens > 0; tokens = tokens > 1 ? (tokens + 1) / 2 : 0) {
     // The kernel for the most tokens has the smallest stages: it serves where little memory is.
     for (const int for_tokens : {tokens, kMaxDecodeTokens}) {
-      const LinearKernel kernel = kernel_of(params.dtype, for_tokens, has_many_rows);
+      const LinearKernel kernel = kernel_of(params.dtype, for_tokens, many_rows);
       if (plan_ring(kernel, tokens, weight.bits, device, plan)) return true;
     }
   }
@@ -128,7 +139,7 @@ cudaError_t launch_linear(const LowBitLinearParams& params, int first, const Pla
     launch_params.x = params.workspace;
     const auto arrange =
         params.dtype == kFloat16 ? launch_arrange<__half> : launch_arrange<__nv_bfloat16>;
-    error = arrange(params, first, num_tokens, device.has_clusters(), stream);
+    error = arrange(params, first, num_tokens, false, device.has_clusters(), stream);
   }
   int resident = 0;
   if (error == cudaSuccess) {
@@ -159,7 +170,7 @@ cudaError_t launch_linear(const LowBitLinearParams& params, int first, const Pla
   launch_params.out_features = weight.out_features;
   launch_params.in_features = weight.in_features;
   launch_params.group = weight.group;
-  launch_params.group_shift = weight.group == 64 ? 6 : weight.group == 128 ? 7 : 31;
+  launch_params.group_shift = group_shift(weight);
   launch_params.zero = weight.zero;
   launch_params.num_stages = plan.stages;
   LaunchShape shape;
@@ -176,6 +187,170 @@ cudaError_t launch_linear(const LowBitLinearParams& params, int first, const Pla
   shape.cluster = ranks;
   shape.overlap = device.has_clusters();
   return launch(kernel.kernel, shape, stream, launch_params);
+}
+
+// ---- Hopper ----
+
+constexpr int kStaticBytes = 4 * 1024;  // at most, of shared memory: barriers and sums
+constexpr int kHalfBytes = 110 * 1024;  // of a multiprocessor's: two blocks find room
+// Blocks that ask for more have a multiprocessor each. Launches of such blocks do not overlap, but
+// neither do two blocks of the next launch settle on one multiprocessor while others idle.
+constexpr int kMoreThanHalf = 120 * 1024;
+
+// Of one tile of columns.
+int scale_groups(const LowBitWeight& weight) { return weight.group == 64 ? 2 : 1; }
+
+// x as the kernels of sm_90a read it, row by row, its Hadamard transform taken where there is one.
+cudaError_t find_x(const LowBitLinearParams& params, void* stream, const void** x) {
+  *x = params.x;
+  if (params.weight.hadamard == 0) return cudaSuccess;
+  *x = params.workspace;
+  const auto arrange =
+      params.dtype == kFloat16 ? launch_arrange<__half> : launch_arrange<__nv_bfloat16>;
+  return arrange(params, 0, params.num_tokens, true, true, stream);
+}
+
+// Whether the kernel for one token serves this weight, and how many stages its ring has. With many
+// rows codes of 4 bits come from memory no faster than they are taken apart for it.
+bool plan_one_token(const LowBitLinearParams& params, const Device& device, OneTokenLinear* kernel,
+                    int* stages) {
+  const LowBitWeight& weight = params.weight;
+  if (device.major != 9 || params.num_tokens != 1 || weight.bits == 8) return false;
+  if (weight.bits == 4 && has_many_rows(weight, device)) return false;
+  *kernel =
+      weight.bits == 2 ? w2_linear_one_token(params.dtype) : w4_linear_one_token(params.dtype);
+  if (!kernel->is_built) return false;
+  const int blocks = (tile_rows(weight) + kernel->row_tiles - 1) / kernel->row_tiles;
+  const int room =
+      blocks <= device.multiprocessors ? device.shared_bytes - kStaticBytes : kHalfBytes;
+  *stages = std::min((room - tile_columns(weight) * kernel->x_tile_bytes) / kernel->stage_bytes,
+                     kMaxStages);
+  return *stages >= 2;
+}
+
+Status launch_one_token(const LowBitLinearParams& params, const OneTokenLinear& kernel, int stages,
+                        void* stream) {
+  const LowBitWeight& weight = params.weight;
+  OneTokenParams launch_params{};
+  launch_params.qweight = weight.qweight;
+  launch_params.scales = weight.scales;
+  launch_params.out = params.out;
+  launch_params.out_features = weight.out_features;
+  launch_params.k_tiles = tile_columns(weight);
+  launch_params.groups = weight.in_features / weight.group;
+  launch_params.tile_groups = scale_groups(weight);
+  launch_params.group_shift = group_shift(weight);
+  launch_params.zero = weight.zero;
+  launch_params.num_stages = stages;
+  LaunchShape shape;
+  shape.threads = kernel.threads;
+  shape.shared_bytes = tile_columns(weight) * kernel.x_tile_bytes + stages * kernel.stage_bytes;
+  shape.overlap = true;
+  int resident = 0;
+  cudaError_t error = find_x(params, stream, &launch_params.x);
+  if (error == cudaSuccess) {
+    error = count_clusters(kernel.kernel, kernel.threads, shape.shared_bytes, 1, &resident);
+  }
+  if (error != cudaSuccess) return launch_status(kOp, error);
+  const int blocks = (tile_rows(weight) + kernel.row_tiles - 1) / kernel.row_tiles;
+  shape.grid = dim3(std::min(blocks, std::max(1, resident)));
+  return launch_status(kOp, launch(kernel.kernel, shape, stream, launch_params));
+}
+
+// Whether the kernels for many tokens serve, and which.
+bool find_hopper(const LowBitLinearParams& params, const Device& device, HopperLinear* kernel) {
+  if (device.major != 9 || params.num_tokens <= 2 * kFewTokens) return false;
+  const auto kernel_of = params.weight.bits == 2   ? w2_linear_sm90
+                         : params.weight.bits == 4 ? w4_linear_sm90
+                                                   : w8_linear_sm90;
+  *kernel = kernel_of(params.dtype, params.num_tokens);
+  return kernel->is_built;
+}
+
+// Into how many ranks the columns are split, and how deep the ring is: a block a multiprocessor
+// where its ring then holds half of its columns at least, else two.
+cudaError_t plan_hopper(const HopperLinear& kernel, int blocks, int k_tiles, const Device& device,
+                        LaunchShape* shape, int* stages) {
+  constexpr int kMostRanks = 8;
+  const int stage = kernel.stage_bytes + kernel.scale_bytes;
+  const int fewest = std::max(2, (kernel.sum_bytes + kernel.stage_bytes - 1) / kernel.stage_bytes);
+  const auto plan = [&](int bytes, int most_blocks, int least_bytes) -> cudaError_t {
+    shape->cluster = 1;
+    for (int ranks = std::min({kMostRanks, k_tiles, most_blocks / blocks}); ranks >= 1; --ranks) {
+      const int steps = (k_tiles + ranks - 1) / ranks;
+      *stages = std::min({(bytes - kSwizzleBytes) / stage, kMaxHopperStages, steps});
+      *stages = std::max(*stages, fewest);
+      shape->shared_bytes = std::max(kSwizzleBytes + *stages * stage, least_bytes);
+      shape->cluster = ranks;
+      int clusters = 0;
+      const cudaError_t error =
+          count_clusters(kernel.kernel, kernel.threads, shape->shared_bytes, ranks, &clusters);
+      if (error != cudaSuccess || clusters >= blocks) return error;
+    }
+    return cudaSuccess;
+  };
+  cudaError_t error =
+      plan(device.shared_bytes - kStaticBytes, device.multiprocessors * 9 / 8, kMoreThanHalf);
+  const int steps = (k_tiles + shape->cluster - 1) / shape->cluster;
+  const bool is_whole = blocks <= device.multiprocessors && steps <= 2 * *stages;
+  if (error != cudaSuccess || is_whole) return error;
+  return plan(kHalfBytes, std::max(device.multiprocessors * 17 / 8, blocks), 0);
+}
+
+Status launch_hopper(const LowBitLinearParams& params, const HopperLinear& kernel,
+                     const Device& device, void* stream) {
+  const LowBitWeight& weight = params.weight;
+  const int k_tiles = tile_columns(weight);
+  const cuuint64_t rows = tile_rows(weight);
+  const cuuint64_t groups = weight.in_features / weight.group;
+  HopperLinearParams launch_params{};
+  launch_params.out = params.out;
+  launch_params.num_tokens = params.num_tokens;
+  launch_params.out_features = weight.out_features;
+  launch_params.k_tiles = k_tiles;
+  launch_params.tile_groups = scale_groups(weight);
+  launch_params.group_shift = group_shift(weight);
+  launch_params.zero = weight.zero;
+  const void* x = nullptr;
+  cudaError_t error = find_x(params, stream, &x);
+  if (error != cudaSuccess) return launch_status(kOp, error);
+
+  // A box is at most 256 numbers wide.
+  const bool is_wide = weight.bits == 8;
+  const cuuint32_t word = is_wide ? 8 : 4;
+  const cuuint32_t words = static_cast<cuuint32_t>(tile_bytes(weight)) / word;
+  const cuuint32_t tiles = kernel.tiles;
+  launch_params.code_words = static_cast<int32_t>(words);
+  Status status = encode_map(
+      kOp, is_wide ? CU_TENSOR_MAP_DATA_TYPE_FLOAT64 : CU_TENSOR_MAP_DATA_TYPE_UINT32,
+      weight.qweight, {cuuint64_t{words} * k_tiles, rows}, {cuuint64_t{words} * word * k_tiles},
+      {words, tiles}, CU_TENSOR_MAP_SWIZZLE_NONE, &launch_params.codes);
+  if (!status.ok()) return status;
+  constexpr cuuint32_t kPairs = kTileRows / 2;
+  status = encode_map(kOp, CU_TENSOR_MAP_DATA_TYPE_UINT32, weight.scales, {groups * kPairs, rows},
+                      {groups * kGroupScaleBytes}, {kPairs * launch_params.tile_groups, tiles},
+                      CU_TENSOR_MAP_SWIZZLE_NONE, &launch_params.scales);
+  if (!status.ok()) return status;
+  // Rows of 64 numbers, the most that a swizzle takes: the second half is a third dimension.
+  constexpr cuuint32_t kHalf = kTileColumns / 2;
+  constexpr cuuint64_t kBytes = 2;
+  const cuuint64_t columns = weight.in_features;
+  status = encode_map(
+      kOp,
+      params.dtype == kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      x, {kHalf, cuuint64_t(params.num_tokens), columns / kHalf},
+      {kBytes * columns, kBytes * kHalf}, {kHalf, cuuint32_t(kernel.max_tokens), 2},
+      CU_TENSOR_MAP_SWIZZLE_128B, &launch_params.x);
+  if (!status.ok()) return status;
+
+  LaunchShape shape;
+  const int blocks = (static_cast<int>(rows) + kernel.tiles - 1) / kernel.tiles;
+  error = plan_hopper(kernel, blocks, k_tiles, device, &shape, &launch_params.num_stages);
+  if (error != cudaSuccess) return launch_status(kOp, error);
+  shape.grid = dim3(blocks * shape.cluster);
+  shape.threads = kernel.threads;
+  shape.overlap = true;
+  return launch_status(kOp, launch(kernel.kernel, shape, stream, launch_params));
 }
 
 }  // namespace
@@ -218,6 +393,13 @@ Status run_low_bit_linear(const LowBitLinearParams& params, void* stream) {
                 "8.0 (Ampere) or later");
   if (!check.ok()) return check.status();
 
+  OneTokenLinear one_token;
+  int stages = 0;
+  if (plan_one_token(params, device, &one_token, &stages)) {
+    return launch_one_token(params, one_token, stages, stream);
+  }
+  HopperLinear hopper;
+  if (find_hopper(params, device, &hopper)) return launch_hopper(params, hopper, device, stream);
   Plan plan;
   if (!plan_launch(params, device, &plan)) {
     return {std::string(kOp) + ": a block may use " + std::to_string(device.shared_bytes) +

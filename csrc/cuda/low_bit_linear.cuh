@@ -1,5 +1,6 @@
-// out = x W^T for up to 64 tokens, W in low-bit tiles: the kernel behind w2_linear.cu, w4_linear.cu
-// and w8_linear.cu.
+// out = x W^T for up to 64 tokens, W in low-bit tiles, on every GPU: the kernel behind
+// w2_linear.cu, w4_linear.cu and w8_linear.cu where no kernel of Hopper's own is faster
+// (low_bit_linear_sm90.cuh, low_bit_linear_one_token.cuh).
 //
 // Sixteen rows of W are operand A of mma.m16n8k16, eight tokens operand B, so a code becomes an
 // operand by a mask and one subtraction, without a shuffle; the levels are exact in T and a group's
@@ -18,9 +19,9 @@ namespace cuda {
 struct LinearKernelParams {
   const uint8_t* qweight;
   const uint16_t* scales;
-  // [in_features / kTileColumns, num_tokens, kTileColumns], the Hadamard transform taken; in odd
-  // rows the halves of each 64 columns change places, so that two rows lie in different banks. One
-  // token is as it was.
+  // [in_features / kTileColumns, num_tokens, kTileColumns], the Hadamard transform taken; in row r
+  // the chunk of 16 bytes i lies at i ^ r % 8, so that eight rows lie in different banks. One token
+  // is as it was.
   const void* x;
   void* out;
   int32_t num_tokens;
@@ -49,7 +50,6 @@ LinearKernel w4_linear_kernel(int32_t dtype, int num_tokens, bool has_many_rows)
 LinearKernel w8_linear_kernel(int32_t dtype, int num_tokens, bool has_many_rows);
 
 constexpr int kXRowBytes = kTileColumns * 2;
-constexpr int kXSwap = 64;  // bytes: half of 64 columns
 constexpr int kGroupScaleBytes = kTileRows * 2;
 constexpr int kMaxGroupsPerTile = 2;
 constexpr int kMaxStages = 16;
@@ -133,6 +133,12 @@ template <typename V>
 __device__ __forceinline__ V load(const uint8_t* address) {
   return *reinterpret_cast<const V*>(address);
 }
+// ldmatrix.x4 that ordinary loads may pass.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
 // Keeps an address computed once: the compiler would rather compute it anew in each round.
 __device__ __forceinline__ uint32_t once(uint32_t value) {
   asm volatile("" : "+r"(value));
@@ -172,15 +178,16 @@ struct Magic<__nv_bfloat16> {
   }
 };
 
-// Decodes one lane's codes of 64 columns of a tile, the lane's first chunk given, into the A
-// operands of four products. Two bits come out as twice their level, 2 code - zero, so that they
-// are whole numbers.
+// Decodes one lane's codes of a tile into A operands: `load` reads those of 64 columns, the lane's
+// first chunk given, and a call takes 32 of these columns apart, two products. Two bits come out as
+// twice their level, 2 code - zero, so that they are whole numbers.
 template <typename T, int kBits>
 struct Decoder;
 
 template <typename T>
 struct Decoder<T, 2> {
   static constexpr float kScale = 0.5f;
+  using Codes = uint2;
   uint32_t terms[3];
   __device__ __forceinline__ explicit Decoder(int zero) {
 #pragma unroll
@@ -192,19 +199,22 @@ struct Decoder<T, 2> {
   static constexpr __device__ float factor(int place) {
     return place == 0 ? 1.0f : place == 1 ? 0.25f : 0.0625f;
   }
+  static __device__ __forceinline__ Codes load(const uint8_t* codes, int half) {
+    return cuda::load<uint2>(codes + half * 8);
+  }
   // Three codes of each half word can stand in the last places at once; a third fourth by shifting.
-  __device__ __forceinline__ void operator()(const uint8_t* codes, int half,
-                                             uint32_t (&a)[4][4]) const {
-    const uint2 chunk = load<uint2>(codes + half * 8);
-    const uint32_t words[2] = {chunk.x, chunk.y};
+  __device__ __forceinline__ void operator()(const Codes& codes, int block,
+                                             uint32_t (&a)[2][4]) const {
+    const uint32_t words[2] = {codes.x, codes.y};
 #pragma unroll
-    for (int block = 0; block < 2; ++block) {
-      const uint32_t shifted[3] = {words[block] << 1, words[block] >> 5, words[block] >> 11};
+    for (int row_half = 0; row_half < 2; ++row_half) {
+      const uint32_t word = words[row_half];
+      const uint32_t shifted[3] = {word << 1, word >> 5, word >> 11};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int row_half = i / 4, pair = i % 4, place = i % 3;
+      for (int pair = 0; pair < 4; ++pair) {
+        const int i = 4 * block + pair, place = i % 3;
         const uint32_t code = mask_or(shifted[i / 3], 0x00060006u << (2 * place), Magic<T>::kBits);
-        a[2 * block + pair / 2][pair % 2 * 2 + row_half] =
+        a[pair / 2][pair % 2 * 2 + row_half] =
             Magic<T>::fma(code, Pair<T>::pack(factor(place), factor(place)), terms[place]);
       }
     }
@@ -214,21 +224,24 @@ struct Decoder<T, 2> {
 template <typename T>
 struct Decoder<T, 4> {
   static constexpr float kScale = 1.0f;
+  using Codes = uint4;
   uint32_t one, term;
   __device__ __forceinline__ explicit Decoder(int) {
     one = Pair<T>::pack(1.0f, 1.0f);
     term = Pair<T>::pack(-Magic<T>::kBase - 8.0f, -Magic<T>::kBase - 8.0f);
   }
-  __device__ __forceinline__ void operator()(const uint8_t* codes, int half,
-                                             uint32_t (&a)[4][4]) const {
-    const uint4 chunk = load<uint4>(codes + half * kWarpSize * 16);
-    const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+  static __device__ __forceinline__ Codes load(const uint8_t* codes, int half) {
+    return cuda::load<uint4>(codes + half * kWarpSize * 16);
+  }
+  __device__ __forceinline__ void operator()(const Codes& codes, int block,
+                                             uint32_t (&a)[2][4]) const {
+    const uint32_t words[2] = {block ? codes.z : codes.x, block ? codes.w : codes.y};
 #pragma unroll
-    for (int word = 0; word < 4; ++word) {
+    for (int row_half = 0; row_half < 2; ++row_half) {
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
-        const uint32_t code = mask_or(words[word] >> (4 * pair), 0x000f000fu, Magic<T>::kBits);
-        a[word / 2 * 2 + pair / 2][pair % 2 * 2 + word % 2] = Magic<T>::fma(code, one, term);
+        const uint32_t code = mask_or(words[row_half] >> (4 * pair), 0x000f000fu, Magic<T>::kBits);
+        a[pair / 2][pair % 2 * 2 + row_half] = Magic<T>::fma(code, one, term);
       }
     }
   }
@@ -237,24 +250,28 @@ struct Decoder<T, 4> {
 template <typename T>
 struct Decoder<T, 8> {
   static constexpr float kScale = 1.0f;
+  struct Codes {
+    uint4 blocks[2];
+  };
   __device__ __forceinline__ explicit Decoder(int) {}
   // A byte in the last place of 2^23 is added to it.
   static __device__ __forceinline__ float level(uint32_t word, int byte) {
     return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + byte)) - (8388608.0f + 128.0f);
   }
-  __device__ __forceinline__ void operator()(const uint8_t* codes, int half,
-                                             uint32_t (&a)[4][4]) const {
+  static __device__ __forceinline__ Codes load(const uint8_t* codes, int half) {
+    return {cuda::load<uint4>(codes + 2 * half * kWarpSize * 16),
+            cuda::load<uint4>(codes + (2 * half + 1) * kWarpSize * 16)};
+  }
+  __device__ __forceinline__ void operator()(const Codes& codes, int block,
+                                             uint32_t (&a)[2][4]) const {
+    const uint4 chunk = codes.blocks[block];
+    const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
-    for (int block = 0; block < 2; ++block) {
-      const uint4 chunk = load<uint4>(codes + (2 * half + block) * kWarpSize * 16);
-      const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int row_half = i / 4, pair = i % 4;
-        const uint32_t word = words[2 * row_half + pair / 2];
-        a[2 * block + pair / 2][pair % 2 * 2 + row_half] =
-            Pair<T>::pack(level(word, pair % 2 * 2), level(word, pair % 2 * 2 + 1));
-      }
+    for (int i = 0; i < 8; ++i) {
+      const int row_half = i / 4, pair = i % 4;
+      const uint32_t word = words[2 * row_half + pair / 2];
+      a[pair / 2][pair % 2 * 2 + row_half] =
+          Pair<T>::pack(level(word, pair % 2 * 2), level(word, pair % 2 * 2 + 1));
     }
   }
 };
@@ -265,9 +282,10 @@ struct Linear {
   static constexpr int kWarps = kRowWarps * kKWarps;
   static constexpr int kConsumers = kWarps * kWarpSize;
   static constexpr int kThreads = kConsumers + kWarpSize;
-  // Blocks that share a multiprocessor. Before sm_90 the copies' addresses take too many registers.
+  // Blocks that share a multiprocessor. Before sm_90 the copies' addresses take too many registers,
+  // as do 8 bits while they are decoded.
 #if __CUDA_ARCH__ >= 900
-  static constexpr int kBlocks = kTokenTiles <= 2 ? 2 : 1;
+  static constexpr int kBlocks = kTokenTiles <= 2 && !(kBits == 8 && kKWarps == 16) ? 2 : 1;
 #else
   static constexpr int kBlocks = 1;
 #endif
@@ -379,7 +397,6 @@ __global__ void __launch_bounds__(
     const int row_warp = warp / kKWarps;
     const int k_warp = warp % kKWarps;
     const int g = lane / 4;
-    const int t = lane % 4;
     const Decoder<T, kBits> decode(params.zero);
     // Where this lane reads in a stage.
     const uint32_t codes_at =
@@ -388,7 +405,10 @@ __global__ void __launch_bounds__(
     const uint32_t scales_at[2] = {
         once(C::scale_offset(row_warp, column >> params.group_shift, g)),
         once(C::scale_offset(row_warp, (column + kTileColumns / 2) >> params.group_shift, g))};
-    const uint32_t x_at = once(C::kWeightBytes + C::kScaleBytes + k_warp * x_tile_bytes + t * 16);
+    // Lanes of eight bring the rows of one 8x8 matrix, the four of them 32 columns.
+    const uint32_t x_at = once(C::kWeightBytes + C::kScaleBytes + k_warp * x_tile_bytes);
+    const int x_row = lane % 8;
+    const int x_chunk = lane / 8;
     // Token tiles multiplied in turn, so that no product waits for the one before it.
     constexpr int kSideBySide = kTokenTiles > 1 ? 2 : 1;
     constexpr int kUnrolledHalves = kTokenTiles == 1 && kRowTiles > 1 ? 2 : 1;
@@ -400,15 +420,18 @@ __global__ void __launch_bounds__(
       float acc[kRowTiles][kTokenTiles][4] = {};
       for (int step = 0; step < steps; ++step) {
         const uint8_t* stage = ring + slot * stage_bytes;
+        const uint32_t slot_address = stages + slot * stage_bytes;
         wait_phase(full(slot), parity);
         if (first_k + step * kKWarps + k_warp < last_k) {
 #pragma unroll(kUnrolledHalves)
           for (int half = 0; half < 2; ++half) {
-            uint32_t a[kRowTiles][4][4];
+            uint32_t a[kRowTiles][2][2][4];  // by block of 32 columns and product
             float2 scale[kRowTiles];
 #pragma unroll
             for (int r = 0; r < kRowTiles; ++r) {
-              decode(stage + codes_at + r * kKWarps * C::kTileBytes, half, a[r]);
+              const auto codes = decode.load(stage + codes_at + r * kKWarps * C::kTileBytes, half);
+              decode(codes, 0, a[r][0]);
+              decode(codes, 1, a[r][1]);
               const uint8_t* pair = stage + (half ? scales_at[1] : scales_at[0]) +
                                     r * kKWarps * kMaxGroupsPerTile * kGroupScaleBytes;
               scale[r] = Pair<__nv_bfloat16>::unpack(load<uint32_t>(pair));
@@ -419,26 +442,25 @@ __global__ void __launch_bounds__(
                 if (tile * 8 >= tokens) break;
                 asm volatile("" ::: "memory");  // x of one round at a time: registers are short
               }
-              uint4 b[kSideBySide][2];
+              uint32_t b[kSideBySide][2][4];
 #pragma unroll
               for (int i = 0; i < kSideBySide; ++i) {
                 // Operand columns beyond the last token repeat it; what they yield is not stored.
-                const int row = min((tile + i) * 8 + g, tokens - 1);
-                const uint8_t* x = stage + x_at + row * kXRowBytes + half * kTileColumns;
-                const int swap = row % 2 * kXSwap;
-                b[i][0] = load<uint4>(x + swap);
-                b[i][1] = load<uint4>(x + (swap ^ kXSwap));
+                const int row = min((tile + i) * 8 + x_row, tokens - 1);
+                const uint32_t x = slot_address + x_at + row * kXRowBytes + half * kTileColumns;
+                const int chunk = (x_chunk ^ row % 8) * kChunkBytes;
+                load_matrices(b[i][0], x + chunk);
+                load_matrices(b[i][1], x + (chunk ^ 4 * kChunkBytes));
               }
               float sum[kChains][kRowTiles][kSideBySide][4] = {};
 #pragma unroll
               for (int k = 0; k < 4; ++k) {
 #pragma unroll
                 for (int i = 0; i < kSideBySide; ++i) {
-                  const uint4 x = b[i][k / 2];
 #pragma unroll
                   for (int r = 0; r < kRowTiles; ++r) {
-                    mma_16x8x16<T>(sum[k % kChains][r][i], a[r][k], k % 2 ? x.z : x.x,
-                                   k % 2 ? x.w : x.y);
+                    mma_16x8x16<T>(sum[k % kChains][r][i], a[r][k / 2][k % 2],
+                                   b[i][k / 2][k % 2 * 2], b[i][k / 2][k % 2 * 2 + 1]);
                   }
                 }
               }

@@ -1,4 +1,4 @@
-#include "low_bit_linear.cuh"
+#include "low_bit_linear_one_token.cuh"
 
 namespace minicpm41 {
 namespace cuda {
@@ -6,6 +6,12 @@ namespace cuda {
 LinearKernel w4_linear_kernel(int32_t dtype, int num_tokens, bool has_many_rows) {
   return kernel_for<4>(dtype, num_tokens, has_many_rows);
 }
+
+HopperLinear w4_linear_sm90(int32_t dtype, int num_tokens) {
+  return sm90_kernel_for<4>(dtype, num_tokens);
+}
+
+OneTokenLinear w4_linear_one_token(int32_t dtype) { return one_token_kernel_for<4>(dtype); }
 
 }  // namespace cuda
 }  // namespace minicpm41

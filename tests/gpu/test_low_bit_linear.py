@@ -93,8 +93,11 @@ def test_the_models_own_shapes(fmt: LowBitFormat, shape: tuple[int, int]) -> Non
 def test_a_head_whose_rows_do_not_fill_a_tile() -> None:
     torch.manual_seed(0)
     linear = LowBitLinear.random(LowBitFormat(8, 4096, 256), 73448, 4096)
-    x = torch.randn(3, 4096, dtype=torch.bfloat16, device="cuda")
-    assert_product(linear, x, linear(x))
+    # More blocks than run side by side: a late one finds what an earlier one left.
+    for tokens in (1, 3, 20, 64):
+        x = torch.randn(tokens, 4096, dtype=torch.bfloat16, device="cuda")
+        for _ in range(3):
+            assert_product(linear, x, linear(x))
 
 
 @pytest.mark.parametrize("fmt", [W2, FORMATS[3], W4, W8], ids=str)
@@ -103,7 +106,7 @@ def test_the_same_bits_every_time_and_in_a_graph(fmt: LowBitFormat, shape: tuple
     torch.manual_seed(0)
     linear = LowBitLinear.random(fmt, *shape)
     workspace = linear.workspace()
-    for tokens in (1, 16, 64):
+    for tokens in (1, 16, 24, 64):
         x = torch.randn(tokens, shape[1], dtype=torch.bfloat16, device="cuda")
         wanted = linear(x)
         out = torch.empty_like(wanted)

@@ -20,17 +20,18 @@ else:
 
 TILE_ROWS, TILE_COLUMNS = 16, 128
 
-# A row splits into (2 halves, 8 rows), 128 columns into (4 blocks, 4 lanes, 4 pairs, 2 elements).
-# For each width the order of these axes in a tile, axes 0 and 3 being the tile's own row and
-# column, and how many codes, the last axes, share a byte once the elements are brought together.
-_HALF, _ROW, _BLOCK, _LANE, _PAIR, _ELEMENT = 1, 2, 4, 5, 6, 7
+# A row splits into (2 halves, 8 rows), 128 columns into (2 pairs of blocks, 2 blocks, 4 pairs,
+# 4 lanes, 2 elements). For each width the order of these axes in a tile, axes 0 and 3 being the
+# tile's own row and column.
+_SPLIT = (2, 8), (2, 2, 4, 4, 2)
+_HALF, _ROW, _BLOCKS, _BLOCK, _PAIR, _LANE, _ELEMENT = 1, 2, 4, 5, 6, 7, 8
 _ORDER = {
-    # bits 16 e + 2 (4 h + p) of word b: bytes (e, h), four pairs in each
-    2: (0, 3, _ROW, _LANE, _BLOCK, _ELEMENT, _HALF, _PAIR),
-    # bits 16 e + 4 p of word 2 (b % 2) + h, chunk b / 2 first: bytes (h, e, p / 2)
-    4: (0, 3, _BLOCK, _ROW, _LANE, _HALF, _ELEMENT, _PAIR),
+    # bits 16 e + 2 (4 (b % 2) + p) of word 2 (b / 2) + h
+    2: (0, 3, _ROW, _LANE, _BLOCKS, _HALF, _ELEMENT, _BLOCK, _PAIR),
+    # bits 16 e + 4 p of word 2 (b % 2) + h, chunk b / 2
+    4: (0, 3, _BLOCKS, _ROW, _LANE, _BLOCK, _HALF, _ELEMENT, _PAIR),
     # bytes (h, p, e) of chunk b
-    8: (0, 3, _BLOCK, _ROW, _LANE, _HALF, _PAIR, _ELEMENT),
+    8: (0, 3, _BLOCKS, _BLOCK, _ROW, _LANE, _HALF, _PAIR, _ELEMENT),
 }
 
 
@@ -42,11 +43,8 @@ def tile_weight(qweight: Array, bits: int) -> Array:
     codes = _unpack(qweight, bits)
     codes = _pad(_pad(codes, 0, TILE_ROWS), 1, TILE_COLUMNS)
     row_tiles, k_tiles = codes.shape[0] // TILE_ROWS, codes.shape[1] // TILE_COLUMNS
-    split = codes.reshape([row_tiles, 2, 8, k_tiles, 4, 4, 4, 2])
+    split = codes.reshape([row_tiles, *_SPLIT[0], k_tiles, *_SPLIT[1]])
     ordered = _transpose(split, _ORDER[bits])
-    if bits == 4:  # the blocks of a chunk side by side in a lane
-        ordered = ordered.reshape([row_tiles, k_tiles, 2, 2, 32, 16])
-        ordered = _transpose(ordered, (0, 1, 2, 4, 3, 5))
     return _pack(ordered.reshape([row_tiles, k_tiles, TILE_ROWS * TILE_COLUMNS]), bits)
 
 
@@ -54,10 +52,7 @@ def untile_weight(tiles: Array, bits: int, rows: int, columns: int) -> Array:
     """The inverse: plain codes, uint8 ``[rows, columns * bits / 8]``."""
     codes = _unpack(tiles, bits)
     row_tiles, k_tiles = codes.shape[:2]
-    if bits == 4:
-        codes = codes.reshape([row_tiles, k_tiles, 2, 32, 2, 16])
-        codes = _transpose(codes, (0, 1, 2, 4, 3, 5))
-    sizes = (row_tiles, 2, 8, k_tiles, 4, 4, 4, 2)
+    sizes = (row_tiles, *_SPLIT[0], k_tiles, *_SPLIT[1])
     split = codes.reshape([sizes[axis] for axis in _ORDER[bits]])
     plain = _transpose(split, tuple(int(axis) for axis in np.argsort(_ORDER[bits])))
     plain = plain.reshape([row_tiles * TILE_ROWS, k_tiles * TILE_COLUMNS])
