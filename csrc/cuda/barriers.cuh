@@ -120,6 +120,15 @@ __device__ __forceinline__ void send(uint32_t target, uint32_t barrier, float x,
       : "memory");
 #endif
 }
+__device__ __forceinline__ void send(uint32_t target, uint32_t barrier, const float4& x) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(target),
+      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
+      : "memory");
+#endif
+}
 
 }  // namespace cuda
 }  // namespace minicpm41

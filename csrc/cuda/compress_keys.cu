@@ -29,13 +29,15 @@ __global__ void __launch_bounds__(kCompressThreads)
   const int kv_head = blockIdx.y;
   // Launched ahead of its turn, whatever comes before: nothing is read until that has ended.
   wait_for_previous_launch();
+  // The next launch reads windows of earlier steps at once. Those are never rewritten here, for a
+  // rebuild goes to the other kernel.
+  allow_next_launch();
   const int query_len = __ldg(params.batch.query_lens + request);
   const int history_len = __ldg(params.batch.history_lens + request);
   const int kv_len = history_len + query_len;
   const int from =
       params.compress_from == nullptr ? history_len : __ldg(params.compress_from + request);
   // The next launch reads windows of earlier steps at once; one that rewrites them must end first.
-  if (from >= history_len || query_len == 0) allow_next_launch();
   if (query_len == 0) return;
 
   const int kv_heads = params.heads.num_kv_heads;

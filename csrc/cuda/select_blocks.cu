@@ -17,12 +17,16 @@ namespace {
 
 constexpr int kFewWarps = 8;
 constexpr int kMaxWarps = 16;
-constexpr int kStages = 2;  // of a warp's ring
+// Leaves in a warp's ring: a row that few rows share the GPU with brings most of its share at once.
+constexpr int kFewStages = 2;
+constexpr int kMaxStages = 3;
 constexpr int kLeafRows = 16;
 constexpr int kLeafBytes = kLeafRows * kRowBytes;
 constexpr int kLeafBlocks = kLeafRows / kFineSlots;
 constexpr int kMaxCluster = 16;
-constexpr int kBins = 1024;
+// Between the parts of two leaves, in float2: every head's, and room that spreads them over banks.
+constexpr int kPartStride = kGroupSize + 2;
+constexpr int kBins = 256;
 constexpr int kStaticBytes = 6 * 1024;  // at most, of the fixed shared arrays
 
 // A float as an integer of the same order, and back.
@@ -39,13 +43,15 @@ struct Layout {
   int ring_bytes;
   int max_leaves;  // of K2
   int max_blocks;
-  __host__ __device__ Layout(int warps, int blocks)
-      : ring_bytes(kStages * warps * kLeafBytes),
+  __host__ __device__ Layout(int warps, int stages, int blocks)
+      : ring_bytes(stages * warps * kLeafBytes),
         max_leaves(blocks / kLeafRows + 1),
         max_blocks(blocks) {}
+  // Scores of each kind, whole leaves of K1.
+  __host__ __device__ int slots() const { return (max_blocks / kLeafBlocks + 1) * kLeafBlocks; }
   __host__ __device__ int bytes() const {
-    return ring_bytes + max_leaves * kGroupSize * static_cast<int>(sizeof(float2)) +
-           (2 * max_blocks + 2) * static_cast<int>(sizeof(float));
+    return ring_bytes + max_leaves * kPartStride * static_cast<int>(sizeof(float2)) +
+           2 * slots() * static_cast<int>(sizeof(float));
   }
 };
 
@@ -53,8 +59,6 @@ struct Layout {
 struct TopScratch {
   int bins[kBins];  // scores from the largest down
   int num_members;  // of the bin that the smallest chosen score is in
-  int bin, open;    // that bin, and how many of it are chosen
-  int warp_counts[kMaxWarps];
   uint32_t warp_least[kMaxWarps];
   uint32_t warp_largest[kMaxWarps];
 };
@@ -97,38 +101,37 @@ __device__ __forceinline__ void write_top(const float* scores, int n, int count,
   for (int i = thread; i < n; i += kThreads) atomicAdd(&scratch.bins[bin_of(scores[i])], 1);
   __syncthreads();
 
-  constexpr int kThreadBins = kBins / kThreads;
-  int sizes[kThreadBins];
-  int sum = 0;
+  // Every warp finds the bin of the smallest chosen score for itself, and how many of it are
+  // chosen.
+  constexpr int kLaneBins = kBins / kWarpSize;
+  int sizes[kLaneBins];
+  int before = 0;
 #pragma unroll
-  for (int i = 0; i < kThreadBins; ++i) {
-    sizes[i] = scratch.bins[thread * kThreadBins + i];
-    sum += sizes[i];
+  for (int i = 0; i < kLaneBins; ++i) {
+    sizes[i] = scratch.bins[lane * kLaneBins + i];
+    before += sizes[i];
   }
-  int before = sum;
+  const int sum = before;
 #pragma unroll
   for (int offset = 1; offset < kWarpSize; offset *= 2) {
     const int other = __shfl_up_sync(kAllLanes, before, offset);
     if (lane >= offset) before += other;
   }
-  if (lane == kWarpSize - 1) scratch.warp_counts[warp] = before;
-  __syncthreads();
   before -= sum;
+  const int holder = __ffs(__ballot_sync(kAllLanes, count <= before + sum)) - 1;
+  int bin = 0;
+  int open = 0;
 #pragma unroll
-  for (int w = 0; w < kWarps - 1; ++w) before += w < warp ? scratch.warp_counts[w] : 0;
-  if (before < count && count <= before + sum) {
-#pragma unroll
-    for (int i = 0; i < kThreadBins; ++i) {
-      if (before < count && count <= before + sizes[i]) {
-        scratch.bin = thread * kThreadBins + i;
-        scratch.open = count - before;
-      }
-      before += sizes[i];
+  for (int i = 0; i < kLaneBins; ++i) {
+    if (before < count) {
+      bin = lane * kLaneBins + i;
+      open = count - before;
     }
+    before += sizes[i];
   }
-  __syncthreads();
+  bin = __shfl_sync(kAllLanes, bin, holder);
+  open = __shfl_sync(kAllLanes, open, holder);
 
-  const int bin = scratch.bin;
 #pragma unroll 2
   for (int first = warp * kWarpSize; first < n; first += kThreads) {
     const int i = first + lane;
@@ -138,62 +141,81 @@ __device__ __forceinline__ void write_top(const float* scores, int n, int count,
     if (mine == bin) members[atomicAdd(&scratch.num_members, 1)] = i;
   }
   __syncthreads();
+  // Members of that bin are ranked by every warp for itself where a warp holds them.
   const int num_members = scratch.num_members;
-#pragma unroll 1
-  for (int k = thread; k < num_members; k += kThreads) {
-    const int id = members[k];
-    const float score = scores[id];
-    int rank = 0;
-#pragma unroll 1
-    for (int j = 0; j < num_members; ++j) {
-      const int other = members[j];
-      rank += scores[other] > score || (scores[other] == score && other < id);
+  const bool is_few = num_members <= kWarpSize;
+  int member = -1;
+  uint32_t picked = 0;
+  if (is_few) {
+    float score = 0.0f;
+    if (lane < num_members) {
+      member = members[lane];
+      score = scores[member];
     }
-    if (rank < scratch.open) atomicOr(&chosen[id / kWarpSize], 1u << id % kWarpSize);
+    int rank = 0;
+    if (open < num_members) {
+#pragma unroll 1
+      for (int j = 0; j < num_members; ++j) {
+        const int other = __shfl_sync(kAllLanes, member, j);
+        const float other_score = __shfl_sync(kAllLanes, score, j);
+        rank += other_score > score || (other_score == score && other < member);
+      }
+    }
+    picked = __ballot_sync(kAllLanes, member >= 0 && rank < open);
+  } else {
+#pragma unroll 1
+    for (int k = thread; k < num_members; k += kThreads) {
+      const int id = members[k];
+      const float score = scores[id];
+      int rank = 0;
+#pragma unroll 1
+      for (int j = 0; j < num_members; ++j) {
+        const int other = members[j];
+        rank += scores[other] > score || (scores[other] == score && other < id);
+      }
+      if (rank < open) atomicOr(&chosen[id / kWarpSize], 1u << id % kWarpSize);
+    }
+    __syncthreads();
   }
-  __syncthreads();
 
   // Every warp counts all words of 32 ids and writes every eighth.
   int begin = 0;
 #pragma unroll 1
   for (int first = 0; first * kWarpSize < n; first += kWarpSize) {
-    const uint32_t word = (first + lane) * kWarpSize < n ? chosen[first + lane] : 0;
-    const int size = __popc(word);
-    int place = size;
-#pragma unroll
-    for (int offset = 1; offset < kWarpSize; offset *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, place, offset);
-      if (lane >= offset) place += other;
+    uint32_t word = (first + lane) * kWarpSize < n ? chosen[first + lane] : 0;
+#pragma unroll 1
+    for (uint32_t rest = picked; rest != 0; rest &= rest - 1) {
+      const int id = __shfl_sync(kAllLanes, member, __ffs(rest) - 1);
+      if (id / kWarpSize == first + lane) word |= 1u << id % kWarpSize;
     }
-    const int total = __shfl_sync(kAllLanes, place, kWarpSize - 1);
-    place += begin - size;
+    const int size = __popc(word);
 #pragma unroll
     for (int i = 0; i < kWarpSize / kWarps; ++i) {
       const int source = i * kWarps + warp;
       const uint32_t bits = __shfl_sync(kAllLanes, word, source);
-      const int at = __shfl_sync(kAllLanes, place, source);
+      const int at = begin + __reduce_add_sync(kAllLanes, lane < source ? size : 0);
       if (bits >> lane & 1) {
         out[at + __popc(bits & ((1u << lane) - 1))] =
             first_id + (first + source) * kWarpSize + lane;
       }
     }
-    begin += total;
+    begin += __reduce_add_sync(kAllLanes, size);
   }
 }
 
-template <typename T, int kWarps>
+template <typename T, int kWarps, int kStages>
 __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
     select_blocks_kernel(const __grid_constant__ SelectBlocksParams params, const bool by_request) {
   constexpr int kThreads = kWarps * kWarpSize;
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ float lse_log2[kGroupSize];
   __shared__ __align__(16) TopScratch top_scratch;
-  const Layout layout(kWarps, params.batch.max_blocks);
-  // [kGroupSize, max_leaves]: maximum and sum of each leaf of K2, complete in every block.
+  const Layout layout(kWarps, kStages, params.batch.max_blocks);
+  // [max_leaves, kPartStride]: maximum and sum of each leaf of K2, complete in every block.
   float2* leaves = reinterpret_cast<float2*>(shared + layout.ring_bytes);
   // Complete in the cluster's first block: largest score of a block's own slots, and of its first.
-  float* own_slots = reinterpret_cast<float*>(leaves + layout.max_leaves * kGroupSize);
-  float* first_slot = own_slots + layout.max_blocks + 1;
+  float* own_slots = reinterpret_cast<float*>(leaves + layout.max_leaves * kPartStride);
+  float* first_slot = own_slots + layout.slots();
 
   allow_next_launch();
   const int clusters = cluster_size();
@@ -201,10 +223,18 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
   const int cluster_log2 = __ffs(clusters) - 1;  // clusters are powers of two
   const int token = token_of_row(params.batch, blockIdx.x >> cluster_log2, by_request);
   const int kv_head = blockIdx.y;
+  // One block waits for the previous launch on behalf of all, so that this one does not end before.
+  const bool is_first = blockIdx.x == 0 && kv_head == 0;
   const int thread = threadIdx.x;
   const int warp = thread / kWarpSize;
   const int lane = thread % kWarpSize;
 
+  // The table of the request that it most likely is, while the row is looked up.
+  if (kStages > kFewStages && token >= 0) {
+    touch_table(params.batch.block_tables +
+                    int64_t{min(token, params.batch.batch_size - 1)} * params.batch.max_blocks,
+                params.batch.max_blocks, thread, kThreads);
+  }
   QueryRow row;
   if (token < 0 || !load_query_row(params.batch, token, &row) || is_prefill(row.query_len)) {
     wait_without_row(by_request);
@@ -218,7 +248,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
 #pragma unroll 1
       for (int i = thread; i < budget; i += kThreads) list[i] = i <= own ? i : -1;
     }
-    wait_for_previous_launch();
+    if (is_first) wait_for_previous_launch();
     return;
   }
 
@@ -244,10 +274,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
       init_barrier(&has_coarse, 1);
       init_barrier(&has_scores, 1);
       publish_barriers();
-      const int num_scored = first_local + 1 - fine_base * kLeafBlocks;
       arrive_expecting(&has_coarse,
                        num_coarse_leaves * kGroupSize * static_cast<int>(sizeof(float2)));
-      arrive_expecting(&has_scores, num_scored * 2 * static_cast<int>(sizeof(float)));
+      arrive_expecting(&has_scores, num_fine_leaves * 2 * static_cast<int>(sizeof(float4)));
     }
     cluster_arrive();
   }
@@ -270,51 +299,62 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
                             : (fine_begin + warp + (item - my_coarse) * kWarps) * kLeafRows;
   };
 
-  // The pages of a leaf, one a lane: one for each row of K2, one for every four rows of K1.
-  const auto load_pages = [&](int item) {
-    const bool is_coarse = item < my_coarse;
-    const int page_shift = is_coarse ? 0 : 2;  // log2 of the slots of a page
-    const int block = (first_row_of(item) >> page_shift) + lane;
-    const bool is_valid = item < my_leaves && lane < (kLeafRows >> page_shift) &&
+  // Pages are looked up well before the copies that need them, 32 at once, one a lane: of two
+  // coarse leaves, a page for each row, or of eight fine ones, a page for every four rows.
+  constexpr int kLookups = 2;
+  const int coarse_lookups = (my_coarse + 1) / 2;
+  const auto look_up = [&](int number) {
+    const bool is_coarse = number < coarse_lookups;
+    const int shift = is_coarse ? 4 : 2;  // log2 of the pages of a leaf
+    const int first_item = is_coarse ? 2 * number : my_coarse + 8 * (number - coarse_lookups);
+    const int item = first_item + (lane >> shift);
+    const int block = (first_row_of(item) >> (is_coarse ? 0 : 2)) + (lane & ((1 << shift) - 1));
+    const bool is_valid = item < (is_coarse ? my_coarse : my_leaves) &&
                           block <= (is_coarse ? num_coarse : num_fine / kFineSlots);
     return is_valid ? __ldg(row.pages + block) : 0;
   };
-  const auto load_leaf = [&](int item, int pages) {
+  int pages[kLookups];
+#pragma unroll
+  for (int i = 0; i < kLookups; ++i) pages[i] = look_up(i);
+  // Rows without a window are copied like the others, and their scores masked.
+  const int64_t k1_page = int64_t{kv_heads} * kFineSlots * kRowBytes;
+  const int64_t k2_page = int64_t{kv_heads} * kCoarseSlots * kRowBytes;
+  const char* k1 = static_cast<const char*>(params.k1_cache) +
+                   (kv_head * kFineSlots + copy_row) * kRowBytes + chunk * kChunkBytes;
+  const char* k2 = static_cast<const char*>(params.k2_cache) + kv_head * kCoarseSlots * kRowBytes +
+                   chunk * kChunkBytes;
+  const auto load_leaf = [&](int item) {
     if (item < my_leaves) {
       const uint32_t stage = my_ring + item % kStages * kLeafBytes;
       const bool is_coarse = item < my_coarse;
-      const int base = first_row_of(item);
-      const int last = is_coarse ? num_coarse : num_fine;
-      if (is_coarse && last_is_new && base <= last && last < base + kLeafRows) {
-        wait_for_previous_launch();
-      }
-      const char* cache = static_cast<const char*>(is_coarse ? params.k2_cache : params.k1_cache);
-      const int slots = is_coarse ? kCoarseSlots : kFineSlots;
+      const int nth = is_coarse ? item & 1 : (item - my_coarse) & 7;  // of its lookup
+      if (is_coarse) {
+        const int base = first_row_of(item);
+        if (last_is_new && base <= num_coarse && num_coarse < base + kLeafRows) {
+          wait_for_previous_launch();
+        }
 #pragma unroll
-      for (int i = 0; i < kLeafRows / 2; ++i) {
-        const int leaf_row = copy_row + 2 * i;
-        const int page =
-            __shfl_sync(kAllLanes, pages, is_coarse ? leaf_row : leaf_row / kFineSlots);
-        const int64_t cache_row =
-            (int64_t{page} * kv_heads + kv_head) * slots + (leaf_row & (slots - 1));
-        copy_chunk(stage + swizzled(leaf_row, chunk),
-                   cache + cache_row * kRowBytes + chunk * kChunkBytes,
-                   base + leaf_row >= 1 && base + leaf_row <= last);
+        for (int i = 0; i < kLeafRows; i += 2) {
+          const int page = __shfl_sync(kAllLanes, pages[0], nth * kLeafRows + copy_row + i);
+          copy_chunk(stage + swizzled(copy_row + i, chunk), k2 + page * k2_page, true);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kLeafBlocks; ++i) {
+          const int page = __shfl_sync(kAllLanes, pages[0], nth * kLeafBlocks + i);
+          const int first = i * kFineSlots + copy_row;
+          copy_chunk(stage + swizzled(first, chunk), k1 + page * k1_page, true);
+          copy_chunk(stage + swizzled(first + 2, chunk), k1 + page * k1_page + 2 * kRowBytes, true);
+        }
+      }
+      if (nth == (is_coarse ? 1 : 7) || item + 1 == my_coarse) {
+#pragma unroll
+        for (int i = 0; i + 1 < kLookups; ++i) pages[i] = pages[i + 1];
+        pages[kLookups - 1] =
+            look_up(kLookups + (is_coarse ? item / 2 : coarse_lookups + (item - my_coarse) / 8));
       }
     }
     commit_copies();
-  };
-
-  // Pages are looked up well before the copies that need them.
-  constexpr int kLookups = kWarps == kMaxWarps ? 1 : 2;
-  int pages[kLookups];
-#pragma unroll
-  for (int i = 0; i < kLookups; ++i) pages[i] = load_pages(i);
-  const auto load_next = [&](int item) {
-    load_leaf(item, pages[0]);
-#pragma unroll
-    for (int i = 0; i + 1 < kLookups; ++i) pages[i] = pages[i + 1];
-    pages[kLookups - 1] = load_pages(item + kLookups);
   };
 
   const T* q_heads =
@@ -327,19 +367,20 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
   // One loop for all leaves and all that is done with them: these kernels run each line of code a
   // few times only, so that fetching instructions costs as much as executing them.
 #pragma unroll 1
-  for (int item = 1 - kStages; item <= my_leaves; ++item) {
+  for (int item = -1; item <= my_leaves; ++item) {
     __syncwarp();  // every lane has read the stage that is loaded next
-    load_next(item + kStages - 1);
-    if (item < 0) {
-      if (item == -1) {
-        load_q<T>(q, q_heads, lane);
+    int next = item < 0 ? 0 : item + kStages - 1;
 #pragma unroll 1
-        for (int i = thread; i < static_cast<int>(sizeof(TopScratch) / sizeof(int));
-             i += kThreads) {
-          reinterpret_cast<int*>(&top_scratch)[i] = 0;
-        }
-        if (clusters > 1) cluster_wait();  // every block of the cluster runs: it may be written to
+    do {
+      load_leaf(next);
+    } while (++next < item + kStages);
+    if (item < 0) {
+      load_q<T>(q, q_heads, lane);
+#pragma unroll 1
+      for (int i = thread; i < static_cast<int>(sizeof(TopScratch) / sizeof(int)); i += kThreads) {
+        reinterpret_cast<int*>(&top_scratch)[i] = 0;
       }
+      if (clusters > 1) cluster_wait();  // every block of the cluster runs: it may be written to
       continue;
     }
 
@@ -403,27 +444,27 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
           sum[i / 2][i % 2] += __shfl_xor_sync(kAllLanes, sum[i / 2][i % 2], offset);
         }
       }
-      float2* part = leaves + lane % 4 * 2 * layout.max_leaves + leaf;
+      // Of heads 8 n + 2 (lane % 4) and + 1.
+      float2* part = leaves + leaf * kPartStride + lane % 4 * 2;
+      float4 pair[2];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        pair[n] = make_float4(peak[n][0], sum[n][0], peak[n][1], sum[n][1]);
+      }
       if (clusters > 1) {
         // Lanes with the same heads share the blocks to send to.
 #pragma unroll 1
         for (int target = lane / 4; target < clusters; target += kWarpSize / 4) {
-          uint32_t remote = address_in_block(part, target);
+          const uint32_t remote = address_in_block(part, target);
           const uint32_t barrier = address_in_block(&has_coarse, target);
-          const uint32_t next_head = layout.max_leaves * static_cast<uint32_t>(sizeof(float2));
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
-            send(remote, barrier, peak[n][0], sum[n][0]);
-            send(remote + next_head, barrier, peak[n][1], sum[n][1]);
-            remote += 8 * next_head;
+            send(remote + n * 8 * static_cast<uint32_t>(sizeof(float2)), barrier, pair[n]);
           }
         }
       } else if (lane < 4) {
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          part[8 * n * layout.max_leaves] = make_float2(peak[n][0], sum[n][0]);
-          part[(8 * n + 1) * layout.max_leaves] = make_float2(peak[n][1], sum[n][1]);
-        }
+        for (int n = 0; n < 2; ++n) *reinterpret_cast<float4*>(part + 8 * n) = pair[n];
       }
       continue;
     }
@@ -437,14 +478,14 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
       }
       constexpr int kHeadsPerWarp = kGroupSize / kWarps;
       float peak[kHeadsPerWarp], sum[kHeadsPerWarp] = {};
-      const float2* my_parts = leaves + warp * kHeadsPerWarp * layout.max_leaves;
+      const float2* my_parts = leaves + warp * kHeadsPerWarp;
 #pragma unroll
       for (int i = 0; i < kHeadsPerWarp; ++i) peak[i] = -INFINITY;
 #pragma unroll 1
       for (int leaf = lane; leaf < num_coarse_leaves; leaf += kWarpSize) {
 #pragma unroll
         for (int i = 0; i < kHeadsPerWarp; ++i) {
-          peak[i] = fmaxf(peak[i], my_parts[i * layout.max_leaves + leaf].x);
+          peak[i] = fmaxf(peak[i], my_parts[leaf * kPartStride + i].x);
         }
       }
 #pragma unroll
@@ -458,7 +499,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
       for (int leaf = lane; leaf < num_coarse_leaves; leaf += kWarpSize) {
 #pragma unroll
         for (int i = 0; i < kHeadsPerWarp; ++i) {
-          const float2 part = my_parts[i * layout.max_leaves + leaf];
+          const float2 part = my_parts[leaf * kPartStride + i];
           sum[i] += part.y * exp2_approx(part.x - peak[i]);
         }
       }
@@ -529,19 +570,22 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
         best[r] = fmaxf(best[r], __shfl_xor_sync(kAllLanes, best[r], offset));
       }
     }
-    if (lane % 16 == 0) {
+    // Lane 0 has blocks 0 and 2 of the leaf, lane 16 blocks 1 and 3; one sends what counts for a
+    // block itself, the other what counts for the one before.
+    float mine[2], other[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int block = leaf * kLeafBlocks + lane / 16 + 2 * r;
-        if (block > first_local) continue;
-        if (clusters > 1) {
-          const uint32_t barrier = address_in_block(&has_scores, 0);
-          send(address_in_block(own_slots + block, 0), barrier, best[r]);
-          send(address_in_block(first_slot + block, 0), barrier, window[r]);
-        } else {
-          own_slots[block] = best[r];
-          first_slot[block] = window[r];
-        }
+    for (int r = 0; r < 2; ++r) {
+      mine[r] = lane == 0 ? best[r] : window[r];
+      other[r] = __shfl_xor_sync(kAllLanes, lane == 0 ? window[r] : best[r], 16);
+    }
+    if (lane % 16 == 0) {
+      const float4 values = lane == 0 ? make_float4(mine[0], other[0], mine[1], other[1])
+                                      : make_float4(other[0], mine[0], other[1], mine[1]);
+      float* target = (lane == 0 ? own_slots : first_slot) + leaf * kLeafBlocks;
+      if (clusters > 1) {
+        send(address_in_block(target, 0), address_in_block(&has_scores, 0), values);
+      } else {
+        *reinterpret_cast<float4*>(target) = values;
       }
     }
   }
@@ -580,7 +624,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
                         reinterpret_cast<uint32_t*>(own_slots), list + first_candidate);
     }
   }
-  wait_for_previous_launch();
+  if (is_first) wait_for_previous_launch();
 }
 
 }  // namespace
@@ -600,25 +644,32 @@ Status select_blocks_decode(const SelectBlocksParams& params, const Device& devi
     }
   }
   // Blocks are small where a row has many of them, or where the others do not fit.
-  const auto bytes = [&](int warps) { return Layout(warps, max_blocks).bytes(); };
+  const auto bytes = [&](int warps, int stages) {
+    return Layout(warps, stages, max_blocks).bytes() + kStaticBytes;
+  };
+  const bool is_few =
+      shape.cluster == kMaxCluster && bytes(kFewWarps, kMaxStages) <= device.shared_bytes;
   const bool is_small = shape.cluster == kMaxCluster || max_blocks <= params.budget ||
-                        bytes(kMaxWarps) + kStaticBytes > device.shared_bytes;
+                        bytes(kMaxWarps, kFewStages) > device.shared_bytes;
   const int warps = is_small ? kFewWarps : kMaxWarps;
+  const int stages = is_few ? kMaxStages : kFewStages;
   Check check(op);
   check.require(
-      bytes(warps) + kStaticBytes <= device.shared_bytes, "max_blocks", std::to_string(max_blocks),
-      "fewer: their scores need " + std::to_string(bytes(warps) + kStaticBytes) +
+      bytes(warps, stages) <= device.shared_bytes, "max_blocks", std::to_string(max_blocks),
+      "fewer: their scores need " + std::to_string(bytes(warps, stages)) +
           " bytes of shared memory and this GPU has " + std::to_string(device.shared_bytes));
   if (!check.ok()) return check.status();
   using Bf16 = __nv_bfloat16;
   const bool is_half = params.heads.dtype == kFloat16;
-  const auto small =
-      is_half ? select_blocks_kernel<__half, kFewWarps> : select_blocks_kernel<Bf16, kFewWarps>;
-  const auto large =
-      is_half ? select_blocks_kernel<__half, kMaxWarps> : select_blocks_kernel<Bf16, kMaxWarps>;
-  const auto kernel = is_small ? small : large;
+  const auto few = is_half ? select_blocks_kernel<__half, kFewWarps, kMaxStages>
+                           : select_blocks_kernel<Bf16, kFewWarps, kMaxStages>;
+  const auto small = is_half ? select_blocks_kernel<__half, kFewWarps, kFewStages>
+                             : select_blocks_kernel<Bf16, kFewWarps, kFewStages>;
+  const auto large = is_half ? select_blocks_kernel<__half, kMaxWarps, kFewStages>
+                             : select_blocks_kernel<Bf16, kMaxWarps, kFewStages>;
+  const auto kernel = is_few ? few : is_small ? small : large;
   shape.threads = warps * kWarpSize;
-  shape.shared_bytes = bytes(warps);
+  shape.shared_bytes = bytes(warps, stages) - kStaticBytes;
   // A device whose multiprocessors come in smaller groups holds smaller clusters only.
   for (;; shape.cluster /= 2) {
     int fits = 0;

@@ -31,15 +31,14 @@ static_assert(kGroupSize == 1 << 4, "see heads_log2");
 // What thread blocks that share a row send to the one that merges `heads` of its heads: a lane each
 // where 8 or 16 share it, else a group of lanes each.
 struct Parts {
-  int outs, peaks, sums;  // offsets in floats: [count, heads, kHeadDim], [count, heads] twice
+  int outs, stats;  // offsets in floats: [count, heads, kHeadDim], [count, heads] maxima and sums
   int heads;
   int floats;
   __host__ __device__ explicit Parts(int splits) : heads(kGroupSize / splits) {
     const int count = splits > kGroupLanes ? kLanes : kLanes / kGroupLanes;
     outs = 0;
-    peaks = count * heads * kHeadDim;
-    sums = peaks + count * heads;
-    floats = splits == 1 ? 0 : sums + count * heads;
+    stats = count * heads * kHeadDim;
+    floats = splits == 1 ? 0 : stats + 2 * count * heads;
   }
 };
 
@@ -115,8 +114,8 @@ __device__ __forceinline__ void merge_parts(Value& total, const float* received,
 #pragma unroll
   for (int p = 0; p < kCount; ++p) {
     const int row = p * parts.heads + i / kHeadDim;
-    part[p] = {received[parts.peaks + row], received[parts.sums + row],
-               received[parts.outs + p * parts.heads * kHeadDim + i]};
+    const float* stats = received + parts.stats + 2 * row;
+    part[p] = {stats[0], stats[1], received[parts.outs + p * parts.heads * kHeadDim + i]};
   }
   constexpr int kInner = kCount == kLanes ? kGroupLanes : 1;
 #pragma unroll
@@ -253,6 +252,18 @@ __global__ void __launch_bounds__(kAllThreads, 1)
     load_run(known.count, [&](int i) { return known.first + i; });
     // The list may name any page.
     if (!is_dense) touch_table(row.pages, own + 1, thread - kThreads, kLoaders * kWarpSize);
+    // Of few candidates the list will name most: they come to L2 while it is made.
+    const int candidates = known.first;
+    if (splits == kLanes && loader == 1 && candidates <= 2 * (params.budget - known.count)) {
+      const int at = (candidates * rank >> splits_log2) + lane;
+      const bool is_mine = at < candidates * (rank + 1) >> splits_log2;
+      const int page = is_mine ? __ldg(row.pages + at) : -1;
+      if (page >= 0) {
+        const int64_t tile = (int64_t{page} * params.heads.num_kv_heads + kv_head) * kTileBytes;
+        fetch_to_l2(static_cast<const char*>(params.k_cache) + tile, kTileBytes);
+        fetch_to_l2(static_cast<const char*>(params.v_cache) + tile, kTileBytes);
+      }
+    }
     if (loader == 0) wait_for_previous_launch();
     if (!is_dense) {
       if (loader == 0) {
@@ -520,14 +531,21 @@ __global__ void __launch_bounds__(kAllThreads, 1)
           const uint32_t memory = address_in_block(received + number * parts.floats, target);
           const int row_of_head = (slot << heads_log2) + (mine & (parts.heads - 1));
           constexpr uint32_t kFloat = sizeof(float);
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            send(memory + (row_of_head * kHeadDim + warp * kWarpDims + n * 8 + column) * kFloat,
-                 barrier, group.out[n][2 * r], group.out[n][2 * r + 1]);
-          }
+          // Lanes swap pairs, so that each sends four dimensions that follow each other.
+          const bool is_odd = lane % 2 != 0;
+          const float x = is_odd ? group.out[1][2 * r] : group.out[0][2 * r];
+          const float y = is_odd ? group.out[1][2 * r + 1] : group.out[0][2 * r + 1];
+          const float other_x =
+              __shfl_xor_sync(kAllLanes, is_odd ? group.out[0][2 * r] : group.out[1][2 * r], 1);
+          const float other_y = __shfl_xor_sync(
+              kAllLanes, is_odd ? group.out[0][2 * r + 1] : group.out[1][2 * r + 1], 1);
+          const float4 four =
+              is_odd ? make_float4(other_x, other_y, x, y) : make_float4(x, y, other_x, other_y);
+          const int dim = warp * kWarpDims + lane % 2 * 8 + lane / 2 % 2 * 4;
+          send(memory + (row_of_head * kHeadDim + dim) * kFloat, barrier, four);
           if (warp == 0 && lane % 4 == 0) {
-            send(memory + (parts.peaks + row_of_head) * kFloat, barrier, group.peak[r]);
-            send(memory + (parts.sums + row_of_head) * kFloat, barrier, group.sum[r]);
+            send(memory + (parts.stats + 2 * row_of_head) * kFloat, barrier, group.peak[r],
+                 group.sum[r]);
           }
         }
       }
