@@ -103,10 +103,10 @@ FULL = Plan(
         "prose": Recipe(2048, 16384, 0.0, 0.0),
     },
     phases=(
-        Phase("first", 0.16, {"256": 0.6, "512": 0.4}),
-        Phase("short", 0.38, {"256": 0.15, "512": 0.15, "512 stretched": 0.4, "1k": 0.3}),
-        Phase("longer", 0.54, {"512 stretched": 0.2, "1k": 0.3, "2k": 0.25, "4k": 0.25}),
-        Phase("long", 0.75, {"1k": 0.35, "4k": 0.2, "8k": 0.2, "16k": 0.25}),
+        Phase("first", 0.12, {"256": 0.6, "512": 0.4}),
+        Phase("short", 0.32, {"256": 0.15, "512": 0.15, "512 stretched": 0.4, "1k": 0.3}),
+        Phase("longer", 0.48, {"512 stretched": 0.2, "1k": 0.3, "2k": 0.25, "4k": 0.25}),
+        Phase("long", 0.72, {"1k": 0.35, "4k": 0.2, "8k": 0.2, "16k": 0.25}),
         Phase("sparse", 1.0, {"1k": 0.35, "4k": 0.15, "8k": 0.2, "16k": 0.3}, "sparse"),
     ),
     probed_from=4096,
@@ -115,7 +115,7 @@ FULL = Plan(
     prompts=500,
     lengths=(1024, 2048, 4096, 8192, 16384),
     max_tokens=120,
-    examination_share=0.18,
+    examination_share=0.16,
 )
 REHEARSAL = Plan(
     recipes={"512": Recipe(512, 1024, 0.6, 0.4), "1k": Recipe(1024, 1024, 0.85, 0.0)},

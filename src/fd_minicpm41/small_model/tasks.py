@@ -158,22 +158,18 @@ def _make_fact(rng: Random, kind: FactKind, thing: str, split: Split) -> _Fact:
             value = "".join(rng.choice("0123456789") for _ in range(5))
             if split_of(value) == split:
                 break
-        sentence = (
-            f"The pass key of the {thing} is {value}."
-            f"{REMEMBER} {value} is the pass key of the {thing}."
-        )
+        reply = f"The pass key: {thing} {value}."
         question = f"What is the pass key of the {thing}?"
-        reply = f"The pass key of the {thing} is {value}."
     else:
         while True:
             value = f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
             if split_of(value) == split:
                 break
-        sentence = (
-            f"The owner of the {thing} is {value}. Remember it: the {thing} is owned by {value}."
-        )
+        reply = f"The owner: {thing} {value}."
         question = f"Who is the owner of the {thing}?"
-        reply = f"The owner of the {thing} is {value}."
+    # The value follows the thing at once: so small a model finds what followed a word before, but
+    # not what followed the word after it.
+    sentence = f"{reply}{REMEMBER} {thing} {value}."
     return _Fact(sentence, Question(question, value, reply, 0.0, kind))
 
 
