@@ -43,6 +43,7 @@ CHINESE = {
     "bar": "标准",
     "wanted": "要求",
     "measured": "实测",
+    "on": "平台",
     "held": "达到",
     "yes": "是",
     "**no**": "**否**",
@@ -250,19 +251,24 @@ def measured_bars(rows: Sequence[Row]) -> list[tuple[str, float, float | None, s
 
 
 def bars(say: Say) -> str:
+    """Measured on the GPU, or where that was not done, on the CPU; the table says which."""
     lines = []
+    on_cpu = {name: value for name, _, value, *_ in measured_bars(read("cpu")["rows"])}
     for name, bar, value, unit, more in measured_bars(read("h100")["rows"]):
+        where = "H100"
+        if value is None:
+            value, where = on_cpu[name], "CPU"
         word = say("at least" if more else "at most")
         if value is None:
-            measured, held = say("not measured"), "-"
+            measured, where, held = say("not measured"), "-", "-"
         else:
             digits = 4 if unit == "" else 2
             measured = f"{value:.{digits}f} {say(unit)}".rstrip()
             # What is compared is what is printed, so that no bar is missed by the last bit.
             short = round(value, digits)
             held = say("yes" if (short >= bar if more else short <= bar) else "**no**")
-        lines.append([say(name), f"{word} {bar:g} {say(unit)}".rstrip(), measured, held])
-    return table([say("bar"), say("wanted"), say("measured"), say("held")], lines)
+        lines.append([say(name), f"{word} {bar:g} {say(unit)}".rstrip(), measured, where, held])
+    return table([say(word) for word in ("bar", "wanted", "measured", "on", "held")], lines)
 
 
 MAKERS: tuple[Callable[[Say], str], ...] = (bars, attention, weights, forms, cpu)
@@ -274,8 +280,19 @@ def pictures() -> None:
     rows = read("h100")["rows"]
     by_attention = [row for row in rows if row["weights"] == "bf16"]
     plot_heat_maps(by_attention, IMAGES / "fidelity_attention.png", "retrieval, bf16 weights")
-    by_weights = [row for row in rows if row["engine"] == "ops" and row["attention"] == "sparse"]
-    plot_heat_maps(by_weights, IMAGES / "fidelity_weights.png", "retrieval, sparse attention")
+    # The formats, from where most of them were measured.
+    by_weights = [
+        [
+            row
+            for row in some
+            if row["engine"] == "ops"
+            and row["attention"] == "sparse"
+            and row["task"] == "retrieval"
+        ]
+        for some in (rows, read("cpu")["rows"])
+    ]
+    most = max(by_weights, key=lambda some: len({row["weights"] for row in some}))
+    plot_heat_maps(most, IMAGES / "fidelity_weights.png", "retrieval, sparse attention")
 
 
 def main() -> None:
@@ -294,7 +311,7 @@ def main() -> None:
                 raise SystemExit(f"{page.name} has {len(places)} places for {name}, wanted 1")
             text = text.replace(places[0], f"{opening}\n{made}\n{closing}")
         page.write_text(text, "utf-8")
-    if (RESULTS / "small_model_h100.json").exists():
+    if all((RESULTS / f"small_model_{name}.json").exists() for name in ("h100", "cpu")):
         pictures()
 
 
