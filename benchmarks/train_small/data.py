@@ -121,14 +121,17 @@ class Writer:
     def document_sequence(
         self, rng: Random, length: int, split: Split = "train"
     ) -> list[tuple[str, int]]:
-        """A document and questions about all its facts, as one conversation."""
+        """A document and questions about its facts, as one conversation.
+
+        A fact may be asked for twice: else the last ones could be told by elimination.
+        """
         most = MOST_FACTS[length]
         facts = rng.randint(max(2, most // 2), most)
         thinking = rng.random() < THINKING_DOCUMENTS
         each = QUESTION_TOKENS + (THINKING_TOKENS if thinking else 0)
         made = self.retrieval(rng, length - facts * each - HEAD_TOKENS, facts, split)
         segments: list[tuple[str, int]] = []
-        for i, question in enumerate(rng.sample(made.questions, len(made.questions))):
+        for i, question in enumerate(rng.choices(made.questions, k=facts)):
             alone: list[Message] = [{"role": "user", "content": question.question}]
             messages = made.messages(question) if i == 0 else alone
             prompt = self.chat.render_chat(messages, enable_thinking=thinking)
@@ -139,11 +142,11 @@ class Writer:
     def drill_segments(
         self, rng: Random, length: int, split: Split = "train"
     ) -> list[tuple[str, int]]:
-        """Facts told twice, the second time in another order: many times more matches to learn from
-        than a document has, and in the words of its replies."""
+        """Facts told once, then again in any order, some more often: many times more matches to
+        learn from than a document has, and in the words of its replies."""
         facts = tasks.draw_questions(rng, (length - 2) // (2 * DRILL_TOKENS), split)
         segments = [(" ".join(fact.reply for fact in facts) + "\n", IGNORED)]
-        for fact in rng.sample(facts, len(facts)):
+        for fact in rng.choices(facts, k=len(facts)):
             before, value, after = fact.reply.rpartition(" " + fact.answer)
             segments += [(before, IGNORED), (value, VALUE), (after + "\n", IGNORED)]
         return segments
