@@ -180,7 +180,8 @@ def worst_gap(
     lengths: Sequence[int],
     is_absolute: bool = False,
 ) -> float | None:
-    """By how many points retrieval of ``low`` is below that of ``high``, at its worst length."""
+    """By how many points retrieval of ``low`` is below that of ``high``, at its worst length;
+    ``None`` where one of them was not measured at one of ``lengths``."""
     gaps = []
     for length in lengths:
         pair = [find(rows, task="retrieval", length=length, **side) for side in (high, low)]
@@ -214,8 +215,13 @@ def measured_bars(rows: Sequence[Row]) -> list[tuple[str, float, float | None, s
         return None if row is None else 100 * share(row, "well_formed")
 
     def below_bf16(weights: str) -> float | None:
-        gaps = (worst_gap(rows, side(a), side(a, weights), lengths) for a in ATTENTIONS)
-        return largest(*gaps)
+        """Over the attentions and lengths at which the format was examined."""
+        gaps = []
+        for a in ATTENTIONS:
+            own = [n for n in lengths if find(rows, length=n, task="retrieval", **side(a, weights))]
+            if own:
+                gaps.append(worst_gap(rows, side(a), side(a, weights), own))
+        return largest(*gaps) if gaps else None
 
     kernels = largest(
         *(
