@@ -383,8 +383,14 @@ def test_a_server_that_cannot_answer_is_told_in_one_line(server: Server) -> None
 
 
 def test_the_command_prints_a_table_and_draws_heat_maps(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Random weights never end a reply by themselves.
+    monkeypatch.setattr(suite, "REPLY_TOKENS", 6)
+    monkeypatch.setattr(suite, "ANSWER_TOKENS", 6)
     command = [*("eval", "--suite", "small", "--model", str(checkpoint)), "--dir", str(tmp_path)]
     command += ["--lengths", "300", "--questions", "2", "--prompts", "1", "--prose", "0"]
     command += ["--weights", "bf16", "fp8", "wint8"]
