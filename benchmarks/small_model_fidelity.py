@@ -15,8 +15,10 @@ is written to ``--out`` when it is done, and what is there is not measured again
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -71,6 +73,7 @@ NEVER_SPARSE = 1 << 30
 SCORE_BYTES = 6 << 30
 # Rows that pass through the ops together, as in a server.
 STEP_ROWS = 32768
+ATTENTIONS = ("sparse", "dense")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
@@ -640,7 +643,13 @@ def batches(requests: Sequence[Request], most: int) -> Iterator[list[Request]]:
 
 
 def cells(args: argparse.Namespace) -> Iterator[Row]:
-    """Every cell, the most telling first."""
+    """The cells that were asked for, the most telling first."""
+    for cell in every_cell(args):
+        if cell["engine"] in args.engine and cell["attention"] in args.attention:
+            yield cell
+
+
+def every_cell(args: argparse.Namespace) -> Iterator[Row]:
 
     def retrieval(engine: str, attention: str, weights: str) -> Iterator[Row]:
         head = {"task": "retrieval", "engine": engine, "attention": attention, "weights": weights}
@@ -655,10 +664,10 @@ def cells(args: argparse.Namespace) -> Iterator[Row]:
             yield {"task": "format", **head, "kind": kind, "prompts": args.prompts, "seed": SEED}
 
     low_bit = [weights for weights in args.weights if weights != "bf16"]
-    for attention in ("sparse", "dense"):
+    for attention in ATTENTIONS:
         yield from retrieval("ops", attention, "bf16")
         yield from others("ops", attention, "bf16", PROMPT_KINDS)
-    for attention in ("sparse", "dense"):
+    for attention in ATTENTIONS:
         yield from retrieval("reference", attention, "bf16")
         yield from others("reference", attention, "bf16", ())
     for weights in low_bit:
@@ -676,6 +685,8 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="(default: the small model of the package)")
     parser.add_argument("--formats", type=Path, help="folder with the low-bit checkpoints")
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS))
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--questions", type=int, default=256, help="for each length")
     parser.add_argument("--prompts", type=int, default=500, help="of each kind")
@@ -704,7 +715,10 @@ def main() -> int:
         torch.backends.cuda.matmul.allow_tf32 = False
         result["environment"] = measure.environment(command)
     else:
-        result["environment"] = {"torch": torch.__version__, "command": command}
+        date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        cores = len(os.sched_getaffinity(0))
+        versions = {"torch": torch.__version__, "date": date}
+        result["environment"] = {"processors": cores, **versions, "command": command}
     examiner = Examiner(args)
     print(f"prompts made after {time.perf_counter() - began:.1f} s", flush=True)
     left = failed = 0
