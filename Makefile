@@ -67,9 +67,11 @@ accuracy: demo-smollm2 ## Measure what each weight format costs SmolLM2 (half an
 	$(BIN)/python benchmarks/quantization_smollm2.py
 
 .PHONY: parity-data
-parity-data: demo-smollm2 ## Record anew the greedy tokens of Hugging Face transformers for SmolLM2
+parity-data: demo-smollm2 ## Record anew what PyTorch gives: SmolLM2's tokens, the small model's logits
 	$(PYTHON) -m venv .venv-transformers
 	.venv-transformers/bin/pip install --quiet torch==2.13.0 transformers==5.23.0 gguf==0.19.0
+	.venv-transformers/bin/pip install --quiet .
+	PYTHONPATH=benchmarks .venv-transformers/bin/python tests/data/make_small_model_logits.py
 	.venv-transformers/bin/python tests/data/make_smollm2_greedy.py \
 	    .demo/SmolLM2-135M-Instruct.Q4_1.gguf
 
