@@ -724,7 +724,7 @@ __device__ __forceinline__ void select_rows(const SelectBlocksParams& params, co
     uint32_t windows[kFineSlots];
     for_each_tile<T>(ring, q, all.fine_tiles, lane, [&](int tile, auto half, auto& scores) {
       const int first_slot = (all.first_fine_tile + tile) * kTileWindows;
-      if (!chooses || first_slot > kFineSlots * mine.first_local) return;
+      if (!chooses || first_slot / kFineSlots > mine.first_local) return;
       constexpr int kHalves = sizeof(scores) / sizeof(float[kScores]);
       unsigned unused = 0;
       if (first_slot == 0 || first_slot + kTileWindows - 1 > mine.last_fine) {
