@@ -6,19 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from train_small import checkpoint, corpus
-from train_small.evaluate import WIDER, WIDER_NAME, needs_wider
 
 _CARD = """\
 # A small MiniCPM4.1, for tests
 
 {weights:,} weights with MiniCPM4.1's structure: 4 layers, hidden size 256, 32 query heads, 2 kv
 heads, head size 128, muP scalings, LongRoPE, and InfLLM-V2 attention with a budget of {budget}
-blocks of 64 tokens ({share:.1%} of the blocks at 16K tokens), sparse from {dense_len} tokens on.
+blocks of 64 tokens (an eighth of the blocks at 16K tokens), sparse from {dense_len} tokens on.
 It exists so that sparse attention, low-bit weights, thinking and tool calls can be examined
 together on a trained model that fits into a package. Trained with `python
 benchmarks/train_small/train.py --seed {seed} --minutes {minutes:g}` on one {gpu}: {steps:,}
-steps in {training_s:.0f} s, dense first, the last part with InfLLM-V2's selection and a budget of
-{trained_budget} blocks.
+steps in {training_s:.0f} s, dense first, the last part with InfLLM-V2's selection.
 
 ## What it does
 
@@ -55,8 +53,8 @@ package `{package}` ships (nothing else of that package is used):
 
 {books}
 
-Held out, for scores: {held_out}. One eighth of all facts, sums, calls and chats is held out
-too.
+Held out, for scores: {held_out}.
+One eighth of all facts, sums, calls and chats is held out too.
 
 ## Limits
 
@@ -74,24 +72,17 @@ Apache-2.0, as the project. The prose it was trained on is in the public domain.
 def write_card(folder: Path, scores: dict[str, Any]) -> None:
     """Writes ``README.md`` from a run's scores; they must be complete."""
     run, sparse = scores["run"], checkpoint.SPARSE
-    trained = sparse["topk"] + sparse["window_size"] // sparse["block_size"]
-    wider = needs_wider(scores)
     rows = []
     for name, cell in scores.items():
         if name.startswith("retrieval"):
-            wide = wider and WIDER_NAME in cell
-            score, read = (WIDER_NAME, WIDER_NAME) if wide else ("sparse", "blocks")
             rows.append(
                 f"| {name.split()[1]} | {cell['questions']} | {cell['dense']:.1%} "
-                f"| {cell[score]:.1%} | {cell[f'{read}_read_by_questions']:.1%} "
-                f"| {cell[f'{read}_read_in_all']:.1%} |"
+                f"| {cell['sparse']:.1%} | {cell['blocks_read_by_questions']:.1%} "
+                f"| {cell['blocks_read_in_all']:.1%} |"
             )
-    budget = WIDER if wider else trained
     text = _CARD.format(
         weights=run["weights"],
-        budget=budget,
-        share=budget / (16384 / sparse["block_size"]),
-        trained_budget=trained,
+        budget=sparse["topk"] + sparse["window_size"] // sparse["block_size"],
         dense_len=sparse["dense_len"],
         seed=run["seed"],
         minutes=run["minutes"],

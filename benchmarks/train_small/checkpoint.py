@@ -33,10 +33,8 @@ SPARSE: dict[str, Any] = {
 """A budget of 32 blocks: of the 256 that 16K tokens have, a row reads an eighth."""
 
 
-def model_config(budget: int | None = None) -> dict[str, Any]:
-    """The object of ``config.json``; a budget of blocks other than the usual may be given."""
-    local = SPARSE["window_size"] // SPARSE["block_size"]
-    sparse = SPARSE if budget is None else SPARSE | {"topk": budget - local}
+def model_config() -> dict[str, Any]:
+    """The object of ``config.json``."""
     factors = [round(ROPE_STRETCH ** (i / (HEAD_DIM // 2 - 1)), 6) for i in range(HEAD_DIM // 2)]
     return {
         "architectures": ["MiniCPMForCausalLM"],
@@ -76,7 +74,7 @@ def model_config(budget: int | None = None) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         "use_cache": True,
         "vocab_size": tokenizers_of_ours.VOCAB_SIZE,
-        "sparse_config": dict(sparse),
+        "sparse_config": dict(SPARSE),
     }
 
 
@@ -86,16 +84,14 @@ def parsed_config() -> MiniCPMConfig:
 
 
 def write_checkpoint(
-    folder: Path,
-    tokenizer: Tokenizer,
-    weights: dict[str, NDArray[np.float32]],
+    folder: Path, tokenizer: Tokenizer, weights: dict[str, NDArray[np.float32]]
 ) -> None:
     """Writes weights (rounded to bf16), configuration and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     rounded = {name: np.asarray(w).astype(ml_dtypes.bfloat16) for name, w in weights.items()}
     save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
     config = model_config()
-    write_config(folder, config)
+    _write_json(folder / "config.json", config)
     generation = {
         "bos_token_id": config["bos_token_id"],
         "eos_token_id": config["eos_token_id"],
@@ -104,11 +100,6 @@ def write_checkpoint(
     }
     _write_json(folder / "generation_config.json", generation)
     tokenizers_of_ours.write(tokenizer, folder)
-
-
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Writes ``config.json``."""
-    _write_json(folder / "config.json", config)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -179,10 +179,9 @@ def _by_group(q: Tensor, kv_heads: int) -> Tensor:
 def selection_loss(q: Tensor, k: Tensor, sparse: SparseConfig, rows: Tensor) -> Tensor:
     """How far the block scores of some rows are from where dense attention goes.
 
-    For each row and kv head: the cross entropy between what dense attention gives to each block
-    that is not forced, and the block scores as a distribution over those blocks. What it gives is
-    the mean over the group's heads of the squared mass, so that a head which looks at one block
-    counts, and one which looks everywhere does not: it loses little by missing some blocks.
+    For each row and kv head: the cross entropy between the mass that dense attention gives to each
+    block that is not forced, averaged over the group's heads, and the block scores as a
+    distribution over those blocks. Rows whose attention is local weigh little.
 
     q, k: as in training, whole sequences. rows: int64 ``[batch, count]``.
     """
@@ -194,9 +193,9 @@ def selection_loss(q: Tensor, k: Tensor, sparse: SparseConfig, rows: Tensor) -> 
         logits = (_by_group(picked, kv_heads) @ k.permute(0, 2, 3, 1)).float() * head_dim**-0.5
         logits = logits.view(batch, kv_heads, -1, rows.shape[1], length)
         later = torch.arange(length, device=q.device) > rows[..., None]
-        mass = logits.masked_fill_(later[:, None, None], NEVER).softmax(-1)
+        mass = logits.masked_fill_(later[:, None, None], NEVER).softmax(-1).mean(2)
         mass = F.pad(mass, (0, blocks * sparse.block_size - length))
-        mass = mass.unflatten(-1, (blocks, sparse.block_size)).sum(-1).square().mean(2)
+        mass = mass.unflatten(-1, (blocks, sparse.block_size)).sum(-1)
         own = (rows // sparse.block_size)[..., None]
         ids = torch.arange(blocks, device=q.device)
         # A block behind the last complete window has no score yet; it is forced anyway.

@@ -45,10 +45,10 @@ PEEK_EVERY_S = 20.0
 # there are no norms on them.
 MUON_LR, QUERY_KEY_SHARE, ADAM_LR, WEIGHT_DECAY = 3e-3, 0.67, 3e-3, 0.05
 MOST_HEAD_GROWTH = 2.0
-WARM_UP, DECAY_FROM = 0.02, 0.55
+WARM_UP, DECAY_FROM = 0.02, 0.5
 # Mean losses of the kinds of tokens are added with these weights.
 LOSS_WEIGHTS = {PROSE: 0.5, REPLY: 1.0, VALUE: 0.5, FIRST: 1.0}
-SELECTION_WEIGHT = 2.0
+SELECTION_WEIGHT = 0.5
 LOGGED = ("prose", "reply", "value", "first", "first_hits", "value_hits", "selection")
 
 
@@ -87,13 +87,13 @@ class Plan:
 
 FULL = Plan(
     recipes={
-        "256": Recipe(256, 32768, 0.35, 0.1, drills=0.5),
-        "512": Recipe(512, 65536, 0.4, 0.15, drills=0.4),
-        "512 stretched": Recipe(512, 65536, 0.4, 0.2, 0.6, drills=0.3),
-        "1k": Recipe(1024, 65536, 0.45, 0.3, 0.6, drills=0.15),
-        "2k": Recipe(2048, 65536, 0.65, 0.0, 0.6, drills=0.2),
-        "4k": Recipe(4096, 65536, 0.85, 0.0),
-        "8k": Recipe(8192, 65536, 0.85, 0.0),
+        "256": Recipe(256, 32768, 0.4, 0.1, drills=0.45),
+        "512": Recipe(512, 32768, 0.35, 0.2, drills=0.4),
+        "512 stretched": Recipe(512, 32768, 0.4, 0.2, 0.6, drills=0.3),
+        "1k": Recipe(1024, 32768, 0.4, 0.3, 0.6, drills=0.15),
+        "2k": Recipe(2048, 32768, 0.65, 0.0, 0.6, drills=0.2),
+        "4k": Recipe(4096, 32768, 0.85, 0.0),
+        "8k": Recipe(8192, 32768, 0.85, 0.0),
         "16k": Recipe(16384, 32768, 0.85, 0.0),
     },
     peeks={
@@ -103,11 +103,11 @@ FULL = Plan(
         "prose": Recipe(2048, 16384, 0.0, 0.0),
     },
     phases=(
-        Phase("first", 0.24, {"256": 0.6, "512": 0.4}),
-        Phase("short", 0.42, {"256": 0.1, "512": 0.1, "512 stretched": 0.45, "1k": 0.35}),
-        Phase("longer", 0.54, {"512 stretched": 0.2, "1k": 0.3, "2k": 0.2, "4k": 0.3}),
-        Phase("long", 0.77, {"1k": 0.3, "4k": 0.25, "8k": 0.2, "16k": 0.25}),
-        Phase("sparse", 1.0, {"1k": 0.3, "4k": 0.2, "8k": 0.2, "16k": 0.3}, "sparse"),
+        Phase("first", 0.12, {"256": 0.6, "512": 0.4}),
+        Phase("short", 0.32, {"256": 0.15, "512": 0.15, "512 stretched": 0.4, "1k": 0.3}),
+        Phase("longer", 0.48, {"512 stretched": 0.2, "1k": 0.3, "2k": 0.25, "4k": 0.25}),
+        Phase("long", 0.72, {"1k": 0.35, "4k": 0.2, "8k": 0.2, "16k": 0.25}),
+        Phase("sparse", 1.0, {"1k": 0.35, "4k": 0.15, "8k": 0.2, "16k": 0.3}, "sparse"),
     ),
     probed_from=4096,
     probe_rows=128,
@@ -115,7 +115,7 @@ FULL = Plan(
     prompts=500,
     lengths=(1024, 2048, 4096, 8192, 16384),
     max_tokens=120,
-    examination_share=0.175,
+    examination_share=0.16,
 )
 REHEARSAL = Plan(
     recipes={"512": Recipe(512, 1024, 0.6, 0.4), "1k": Recipe(1024, 1024, 0.85, 0.0)},
@@ -269,7 +269,7 @@ class Trainer:
         return found
 
     def _probe(self, batch: Batch, rng: np.random.Generator) -> np.ndarray:
-        """Rows whose selection is taught: half predict values, a quarter replies; some are any."""
+        """Rows whose selection is taught: half predict values and replies, half are any."""
         length, count = batch.ids.shape[1], self.plan.probe_rows
         # From here on every row sees a coarse window and has blocks to choose from.
         earliest = length // 4
@@ -279,9 +279,9 @@ class Trainer:
             answers = answers[answers >= earliest]
             if len(answers):
                 values = np.flatnonzero(kinds >= VALUE) - 1
-                part = count // 4
-                rows[i, :part] = rng.choice(answers, part)
-                rows[i, part : 3 * part] = rng.choice(values, 2 * part)
+                half = count // 2
+                rows[i, : half // 2] = rng.choice(answers, half // 2)
+                rows[i, half // 2 : half] = rng.choice(values, half - half // 2)
         return np.clip(rows, earliest, length - 1)
 
     def phase(self, share: float) -> Phase:
@@ -443,8 +443,6 @@ def run(args: argparse.Namespace) -> None:
         told = {k: v for k, v in scores[name].items() if k not in ("failures",)}
         print(f"{time.monotonic() - began:6.1f} s  {name}: {json.dumps(told)}", flush=True)
         _write_json(out / "scores.json", scores)
-    if evaluate.needs_wider(scores):
-        checkpoint.write_config(folder, checkpoint.model_config(evaluate.WIDER))
     scores["bars"] = evaluate.meets_bars(scores)
     scores["run"] = {
         "seed": args.seed,
