@@ -38,8 +38,6 @@ CHINESE = {
     "copying": "复述",
     "counting": "计数",
     "chat": "闲聊",
-    "form": "格式",
-    "answer": "答案",
     "bar": "标准",
     "wanted": "要求",
     "measured": "实测",
@@ -105,10 +103,11 @@ def made_on(result: dict[str, Any], say: Say) -> str:
         cores = f"{made['processors']} {say('processors')}"
         return f"{listed}. {cores}, Python {made['python']}, {made['date']}."
     command = re.sub(r" --(out|formats|model) \S+", "", e["command"])
-    return (
-        f"{listed}. {e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}, PyTorch {e['torch']}, "
-        f"{e['date']}: `{command}`."
-    )
+    if "gpu" in e:
+        machine = f"{e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}"
+    else:
+        machine = f"{e['processors']} {say('processors')}"
+    return f"{listed}. {machine}, PyTorch {e['torch']}, {e['date']}: `{command}`."
 
 
 def score_table(rows: Sequence[Row], models: Iterable[tuple[str, str, str]], say: Say) -> str:
@@ -142,14 +141,13 @@ def attention(say: Say) -> str:
 
 
 def weights(say: Say) -> str:
+    result = read("formats")
     models = [("ops", a, w) for w in WEIGHTS for a in ATTENTIONS]
-    return score_table(read("h100")["rows"], models, say)
+    return f"{score_table(result['rows'], models, say)}\n\n{made_on(result, say)}"
 
 
-def forms(say: Say) -> str:
-    rows = read("h100")["rows"]
+def form_table(rows: Sequence[Row], models: Iterable[tuple[str, str]], say: Say) -> str:
     names = ("thinking", "no thinking", "tool call", "copying", "counting", "chat")
-    models = [("sparse", w) for w in WEIGHTS] + [("dense", "bf16")]
     lines = []
     for a, w in models:
         own = {"task": "format", "engine": "ops", "attention": a, "weights": w}
@@ -158,8 +156,16 @@ def forms(say: Say) -> str:
             cells = (f"{percent(row, 'well_formed')} / {percent(row)}" for row in found)
             lines.append([w, say(a), *cells])
     head = [say("weights"), say("attention")]
-    head += [f"{say(name)}: {say('form')} / {say('answer')}" for name in names]
-    return table(head, lines)
+    return table([*head, *(say(name) for name in names)], lines)
+
+
+def forms(say: Say) -> str:
+    result = read("h100")
+    return form_table(result["rows"], [(a, "bf16") for a in ATTENTIONS], say)
+
+
+def forms_by_weights(say: Say) -> str:
+    return form_table(read("formats")["rows"], [("sparse", w) for w in WEIGHTS], say)
 
 
 def cpu(say: Say) -> str:
@@ -259,7 +265,7 @@ def measured_bars(rows: Sequence[Row]) -> list[tuple[str, float, float | None, s
 def bars(say: Say) -> str:
     """Measured on the GPU, or where that was not done, on the CPU; the table says which."""
     lines = []
-    on_cpu = {name: value for name, _, value, *_ in measured_bars(read("cpu")["rows"])}
+    on_cpu = {name: value for name, _, value, *_ in measured_bars(read("formats")["rows"])}
     for name, bar, value, unit, more in measured_bars(read("h100")["rows"]):
         where = "H100"
         if value is None:
@@ -277,7 +283,7 @@ def bars(say: Say) -> str:
     return table([say(word) for word in ("bar", "wanted", "measured", "on", "held")], lines)
 
 
-MAKERS: tuple[Callable[[Say], str], ...] = (bars, attention, weights, forms, cpu)
+MAKERS: tuple[Callable[[Say], str], ...] = (bars, attention, weights, forms, forms_by_weights, cpu)
 TABLES = {make.__name__: make for make in MAKERS}
 
 
@@ -286,19 +292,8 @@ def pictures() -> None:
     rows = read("h100")["rows"]
     by_attention = [row for row in rows if row["weights"] == "bf16"]
     plot_heat_maps(by_attention, IMAGES / "fidelity_attention.png", "retrieval, bf16 weights")
-    # The formats, from where most of them were measured.
-    by_weights = [
-        [
-            row
-            for row in some
-            if row["engine"] == "ops"
-            and row["attention"] == "sparse"
-            and row["task"] == "retrieval"
-        ]
-        for some in (rows, read("cpu")["rows"])
-    ]
-    most = max(by_weights, key=lambda some: len({row["weights"] for row in some}))
-    plot_heat_maps(most, IMAGES / "fidelity_weights.png", "retrieval, sparse attention")
+    rows = [row for row in read("formats")["rows"] if row["attention"] == "sparse"]
+    plot_heat_maps(rows, IMAGES / "fidelity_weights.png", "retrieval, sparse attention")
 
 
 def main() -> None:
@@ -317,7 +312,7 @@ def main() -> None:
                 raise SystemExit(f"{page.name} has {len(places)} places for {name}, wanted 1")
             text = text.replace(places[0], f"{opening}\n{made}\n{closing}")
         page.write_text(text, "utf-8")
-    if all((RESULTS / f"small_model_{name}.json").exists() for name in ("h100", "cpu")):
+    if all((RESULTS / f"small_model_{name}.json").exists() for name in ("h100", "formats")):
         pictures()
 
 

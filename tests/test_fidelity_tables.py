@@ -61,3 +61,21 @@ def test_every_word_of_the_tables_has_its_chinese() -> None:
     for name, _, _, unit, _ in tables.measured_bars([]):
         assert tables.chinese(name) != name
         assert unit in ("", "%") or tables.chinese(unit) != unit
+
+
+def test_what_the_page_says_of_kernels_and_lost_facts_is_so() -> None:
+    try:
+        rows = tables.read("h100")["rows"]
+    except FileNotFoundError as error:
+        pytest.skip(f"{Path(error.filename).relative_to(ROOT)} is not there yet")
+    found = {
+        (r["engine"], r["attention"], r["length"]): r for r in rows if r["task"] == "retrieval"
+    }
+    lengths = tables.lengths_of(rows)
+    for length in lengths:
+        for attention in ("dense", "sparse"):
+            ops, reference = (found[e, attention, length] for e in ("ops", "reference"))
+            for what in ("right", "kinds", "depths"):
+                assert ops[what] == reference[what]
+        owners = [found["ops", a, length]["kinds"]["key_value"] for a in ("dense", "sparse")]
+        assert owners[0] == owners[1] == [owners[0][1]] * 2
