@@ -660,7 +660,7 @@ def every_cell(args: argparse.Namespace) -> Iterator[Row]:
         head = {"engine": engine, "attention": attention, "weights": weights}
         sizes = {"length": args.window_length, "windows": args.windows}
         yield {"task": "perplexity", **head, **sizes}
-        for kind in kinds:
+        for kind in kinds if args.prompts else ():
             yield {"task": "format", **head, "kind": kind, "prompts": args.prompts, "seed": SEED}
 
     low_bit = [weights for weights in args.weights if weights != "bf16"]
@@ -689,7 +689,7 @@ def main() -> int:
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS))
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--questions", type=int, default=256, help="for each length")
-    parser.add_argument("--prompts", type=int, default=500, help="of each kind")
+    parser.add_argument("--prompts", type=int, default=500, help="of each kind; 0: none")
     parser.add_argument("--windows", type=int, default=3, help="of prose")
     parser.add_argument("--window-length", type=int, default=16384)
     parser.add_argument("--device", default="cuda")
