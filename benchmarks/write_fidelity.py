@@ -164,10 +164,6 @@ def forms(say: Say) -> str:
     return form_table(result["rows"], [(a, "bf16") for a in ATTENTIONS], say)
 
 
-def forms_by_weights(say: Say) -> str:
-    return form_table(read("formats")["rows"], [("sparse", w) for w in WEIGHTS], say)
-
-
 def cpu(say: Say) -> str:
     result = read("cpu")
     rows = result["rows"]
@@ -283,7 +279,7 @@ def bars(say: Say) -> str:
     return table([say(word) for word in ("bar", "wanted", "measured", "on", "held")], lines)
 
 
-MAKERS: tuple[Callable[[Say], str], ...] = (bars, attention, weights, forms, forms_by_weights, cpu)
+MAKERS: tuple[Callable[[Say], str], ...] = (bars, attention, weights, forms, cpu)
 TABLES = {make.__name__: make for make in MAKERS}
 
 
