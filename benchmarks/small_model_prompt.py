@@ -2,21 +2,38 @@
 
 The prompt is the part of a book that the model was not trained on and that its scores are taken on.
 Each layer is a prompt of its own. It was trained on up to 16K tokens and has positions for 32K.
+
+``python benchmarks/small_model_prompt.py`` counts, in plain PyTorch on any machine, the blocks that
+neighbouring tokens list together, and writes benchmarks/results/small_model_unions.json.
 """
 
 from __future__ import annotations
 
+import argparse
+import shlex
+import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from fd_minicpm41.config import MiniCPMConfig
-from fd_minicpm41.reference.tokenizer import Tokenizer
-from fd_minicpm41.small_model.examination import make_windows
-from fd_minicpm41.small_model.prose import examination_paragraphs
-from train_small.model import Attention, Pass, SmallMiniCPM
-from workload import BLOCK_SIZE, Pages
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
+
+import measure  # noqa: E402
+from fd_minicpm41.config import MiniCPMConfig, SparseConfig  # noqa: E402
+from fd_minicpm41.reference.tokenizer import Tokenizer  # noqa: E402
+from fd_minicpm41.small_model.examination import make_windows  # noqa: E402
+from fd_minicpm41.small_model.prose import examination_paragraphs  # noqa: E402
+from train_small.model import (  # noqa: E402
+    Attention,
+    Pass,
+    SmallMiniCPM,
+    choose_blocks,
+    compress_keys,
+    score_blocks,
+)
+from workload import BLOCK_SIZE, MEASURED_UNIONS, Pages, run_starts  # noqa: E402
 
 # q ``[length, Q_HEADS, HEAD_DIM]`` and k, v ``[length, KV_HEADS, HEAD_DIM]``, bfloat16, q and k
 # rotated.
@@ -66,3 +83,55 @@ class LayerPrompt(Pages):
             padded[: len(part)] = part
             blocks = padded.unflatten(0, (-1, BLOCK_SIZE)).transpose(1, 2)
             cache[self.block_tables[0].long()] = blocks
+
+
+def union_sizes(layer: Activations, sparse: SparseConfig) -> dict[int, float]:
+    """``workload.union_sizes`` of the lists that ``sparse`` gives, without the ops."""
+    q, k, _ = layer
+    run = max(MEASURED_UNIONS)
+    k1, k2 = compress_keys(k[None], sparse)
+    parts = []
+    for start in run_starts(len(q), 128, str(q.device)).tolist():
+        positions = torch.arange(start, start + run, device=q.device)[None]
+        rows = q[None, start : start + run]
+        scores = score_blocks(rows, k1, k2, sparse, positions, -(-len(q) // BLOCK_SIZE))
+        parts.append(choose_blocks(scores, positions, sparse)[0])
+    chosen = torch.stack(parts, 1)  # [kv heads, runs, rows of a run, blocks]
+    return {
+        count: chosen.unflatten(2, (-1, count)).any(3).sum(-1).float().mean().item()
+        for count in MEASURED_UNIONS
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    folder = ROOT / "src/fd_minicpm41/small_model/checkpoint"
+    parser.add_argument("--model", type=Path, default=folder, metavar="DIR")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16384])
+    out = ROOT / "benchmarks/results/small_model_unions.json"
+    parser.add_argument("--out", type=Path, default=out, help="write the rows here as JSON")
+    args = parser.parse_args()
+    own = MiniCPMConfig.from_pretrained(args.model).sparse
+    assert own is not None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = {
+        "what": "distinct blocks that neighbouring tokens list together, small model over prose, "
+        "rows past the middle, mean over both kv heads",
+        "command": shlex.join(["python", *sys.argv]),
+        "torch": torch.__version__,
+        "device": device,
+        "rows": [],
+    }
+    for length in args.lengths:
+        for number, layer in enumerate(activations(args.model, length, device)):
+            for sparse in (SparseConfig(), own):
+                sizes = {str(n): size for n, size in union_sizes(layer, sparse).items()}
+                row = {"length": length, "layer": number, "budget": sparse.budget}
+                result["rows"].append(measure.rounded(row | {"unions": sizes}))
+                words = " ".join(f"{size:.0f}" for size in sizes.values())
+                print(f"{length}, layer {number}, {sparse.budget} blocks each: {words}", flush=True)
+        measure.write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    main()

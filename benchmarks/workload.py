@@ -135,6 +135,12 @@ class Prompt(Pages):
         self.q = correlated_queries(length) if is_correlated else _random(length, Q_HEADS, HEAD_DIM)
 
 
+def run_starts(rows: int, samples: int, device: str) -> torch.Tensor:
+    """First rows of the runs that :func:`union_sizes` looks at."""
+    run = max(MEASURED_UNIONS)
+    return torch.linspace(rows // 2, rows - run, samples, device=device).long() // run * run
+
+
 def union_sizes(topk_idx: torch.Tensor, samples: int = 128) -> dict[int, float]:
     """Mean number of blocks that T neighbouring rows list together, over rows past the middle.
 
@@ -144,7 +150,7 @@ def union_sizes(topk_idx: torch.Tensor, samples: int = 128) -> dict[int, float]:
     """
     rows = topk_idx.shape[1]
     run = max(MEASURED_UNIONS)
-    starts = torch.linspace(rows // 2, rows - run, samples, device="cuda").long() // run * run
+    starts = run_starts(rows, samples, "cuda")
     picked = topk_idx[:, (starts[:, None] + torch.arange(run, device="cuda")).reshape(-1)]
     num_blocks = int(picked.max()) + 1
     listed = torch.zeros(*picked.shape[:2], num_blocks + 1, dtype=torch.bool, device="cuda")

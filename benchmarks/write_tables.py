@@ -136,26 +136,22 @@ def unions() -> str:
     )
 
 
-def small_model_prefill() -> str:
-    result = read("prefill_small_model")
-    counts = list(result["measured_unions"])
-    rows = rows_of(result, "small model")
-    times = table(
-        ("prompt, layer", "sparse step", "compress + select + attend", "cuDNN", "cuDNN / sparse")
-        + ("blocks listed together by " + ", ".join(counts), f"{rows[0]['own_budget']} each"),
+def small_model_unions() -> str:
+    result = json.loads((RESULTS / "small_model_unions.json").read_text())
+    rows = result["rows"]
+    counts = list(rows[0]["unions"])
+    lines = table(
+        ("prompt, layer", "blocks each", *counts),
         (
             (
                 f"{k(row['length'])}, {row['layer']}",
-                f"{row['ours_ms']:.2f}",
-                f"{row['compress_ms']:.2f} + {row['select_ms']:.2f} + {row['attend_ms']:.2f}",
-                f"{row['cudnn_ms']:.2f}",
-                f"{row['cudnn_ms'] / row['ours_ms']:.2f}",
-                *(", ".join(f"{row[u][n]:.0f}" for n in counts) for u in ("unions", "own_unions")),
+                str(row["budget"]),
+                *(f"{row['unions'][n]:.0f}" for n in counts),
             )
             for row in rows
         ),
     )
-    return f"{times}\n\nMilliseconds. {made_on(result)}"
+    return f"{lines}\n\nPyTorch {result['torch']}, {result['device']}: `{result['command']}`."
 
 
 def chunks() -> str:
@@ -358,7 +354,7 @@ MAKERS = (
     dense_rows,
     prefill,
     unions,
-    small_model_prefill,
+    small_model_unions,
     chunks,
     first_token,
     decode,
