@@ -473,11 +473,7 @@ def test_demo_answers_with_the_small_model(
     facts, thinking, call = re.split(r"\n\d\. ", text)[1:]
     (read,) = re.findall(r"\n([\d,]+) tokens of", facts)
     assert abs(int(read.replace(",", "")) - length) < 64 and facts.count("\n> ") == demo.FACTS
-    # Values cannot be guessed. How many are found the suite counts, over hundreds.
-    ((dense, sparse_right),) = re.findall(r"right: dense (\d) of 4, sparse (\d) of 4", facts)
-    assert min(int(dense), int(sparse_right)) >= 1
-    wrong = facts.count("[wrong, it is: ")
-    assert int(dense) + int(sparse_right) + wrong == 2 * demo.FACTS
+    assert f"right: dense {demo.FACTS} of {demo.FACTS}, sparse {demo.FACTS} of" in facts
     # Rows of questions and answers come after the text, which has so many blocks.
     (share,) = re.findall(r"sparse attention read (\d+)% of the blocks", facts)
     assert 0 <= 100 * sparse.budget / (length / 64) - int(share) <= 5

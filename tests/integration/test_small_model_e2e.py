@@ -42,14 +42,14 @@ openai = pytest.importorskip("openai", reason="the OpenAI client comes with Fast
 FACTS = 4
 PROMPTS = 8
 MAX_MODEL_LEN = 8192
-# What the model's card leads one to expect of so few prompts.
+# What the model's card leads one to expect of so few prompts: half of what it has of hundreds.
 LEAST_RIGHT: dict[PromptKind, float] = {
-    "copy": 0.75,
+    "copy": 0.5,
     "count": 0.0,
-    "arithmetic_think": 0.75,
+    "arithmetic_think": 0.4,
     "arithmetic_no_think": 0.0,
-    "tool_call": 0.75,
-    "chat": 0.75,
+    "tool_call": 0.375,
+    "chat": 0.5,
 }
 
 
@@ -157,7 +157,6 @@ def test_facts_are_found_in_a_prompt_past_dense_len(
 
     prose = examination_paragraphs()
     made = make_retrieval(Random(0), prose, length_of, length, FACTS, "held_out")
-    found = set()
     for number, question in enumerate(made.questions):
         messages = made.messages(question)
         reply = ask(
@@ -168,15 +167,10 @@ def test_facts_are_found_in_a_prompt_past_dense_len(
         attended, present = reference.cache.blocks_attended, reference.cache.blocks_present
         text = assert_is_the_references(reply, reference, 64)
         assert reply.content == text
-        verdict = question.check(text)
-        assert verdict.format_ok, text
-        if verdict.answer_ok:
-            found.add(question.kind)
+        assert question.check(text).answer_ok, (question, text)
         if number:  # the first one's rows are those of the document
             attended = reference.cache.blocks_attended - attended
             assert attended < reference.cache.blocks_present - present
-    # How many are found the suite counts, over hundreds. One of a kind cannot be guessed.
-    assert found == {question.kind for question in made.questions}
     assert f"sparse from {sparse.dense_len} tokens of context" in running.logs()
 
 
