@@ -2,7 +2,8 @@
 
 ``make accuracy`` measures the table anew (benchmarks/quantization_smollm2.py); here the record is
 held against what must hold, and the code against a slice that takes seconds: one short text, the
-first of the 30 layers. ``make demo-smollm2`` fetches the model; FD_MINICPM41_DEMO_DIR names another folder.
+first of the 30 layers. ``make demo-smollm2`` fetches the model; FD_MINICPM41_DEMO_DIR names another
+folder.
 """
 
 from __future__ import annotations

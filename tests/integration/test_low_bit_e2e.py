@@ -92,9 +92,7 @@ def test_what_the_command_writes(bf16: Path, tmp_path: Path, method: str) -> Non
     assert_serves(folder, folder, tmp_path / "log")
 
 
-@pytest.mark.skipif(
-    not SMOLLM2.is_dir(), reason="SmolLM2 is not here: run make demo-smollm2 first"
-)
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="SmolLM2 is not here: run make demo-smollm2 first")
 def test_smollm2_in_4_bits(tmp_path: Path) -> None:
     """A real model, whose head is its embedding, both in 8 bits."""
     from tokenizers import Tokenizer

@@ -134,9 +134,7 @@ def test_published_128k_rope_table(tmp_path: Path) -> None:
     assert len(got) > 8 and got == expected[: len(got)]
 
 
-@pytest.mark.skipif(
-    not SMOLLM2.is_dir(), reason="SmolLM2 is not here: run make demo-smollm2 first"
-)
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="SmolLM2 is not here: run make demo-smollm2 first")
 def test_smollm2(tmp_path: Path) -> None:
     import os
 
