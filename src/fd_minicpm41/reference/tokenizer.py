@@ -69,7 +69,6 @@ class Tokenizer:
         if eos_id is not None:
             self.stop_ids |= {eos_id}
         self._template = _chat_template(folder, settings)
-        self._compiled: Template | None = None
 
     def _find_bos(self, settings: Mapping[str, Any]) -> int | None:
         """The setting ``add_bos_token`` decides; where it is absent, what the tokenizer does."""
