@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fd_minicpm41.small_model.report import in_thousands, lengths_of, plot_heat_maps
 from fd_minicpm41.small_model.scores import ATTENTIONS, WEIGHTS, Row, find, share
-from write_tables import table
+from write_tables import fill, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -294,20 +295,7 @@ def pictures() -> None:
 
 def main() -> None:
     for language, page in PAGES.items():
-        text = page.read_text("utf-8")
-        for name, make in TABLES.items():
-            try:
-                made = make(LANGUAGES[language])
-            except FileNotFoundError as error:
-                print(f"table {name} is left as it is: {error.filename} is not there")
-                continue
-            opening, closing = f"<!-- table {name} -->", "<!-- end of table -->"
-            pattern = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)
-            places = pattern.findall(text)
-            if len(places) != 1:
-                raise SystemExit(f"{page.name} has {len(places)} places for {name}, wanted 1")
-            text = text.replace(places[0], f"{opening}\n{made}\n{closing}")
-        page.write_text(text, "utf-8")
+        fill(page, {name: partial(make, LANGUAGES[language]) for name, make in TABLES.items()})
     if all((RESULTS / f"small_model_{name}.json").exists() for name in ("h100", "formats")):
         pictures()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -367,9 +367,10 @@ MAKERS = (
 TABLES = {make.__name__: make for make in MAKERS}
 
 
-def main() -> None:
-    page = PAGE.read_text()
-    for name, make in TABLES.items():
+def fill(page: Path, makers: Mapping[str, Callable[[], str]]) -> None:
+    """Writes each table into its marked place; one whose results are not there stays as it is."""
+    text = page.read_text("utf-8")
+    for name, make in makers.items():
         try:
             made = make()
         except FileNotFoundError as error:
@@ -377,11 +378,15 @@ def main() -> None:
             continue
         opening, closing = f"<!-- table {name} -->", "<!-- end of table -->"
         pattern = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)
-        places = pattern.findall(page)
+        places = pattern.findall(text)
         if len(places) != 1:
-            raise SystemExit(f"{PAGE.name} has {len(places)} places for table {name}, wanted 1")
-        page = page.replace(places[0], f"{opening}\n{made}\n{closing}")
-    PAGE.write_text(page)
+            raise SystemExit(f"{page.name} has {len(places)} places for table {name}, wanted 1")
+        text = text.replace(places[0], f"{opening}\n{made}\n{closing}")
+    page.write_text(text, "utf-8")
+
+
+def main() -> None:
+    fill(PAGE, TABLES)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from test_benchmark_tables import ROOT, load_script
+import write_fidelity as tables
 
-sys.modules.setdefault("write_tables", load_script("write_tables"))
-tables = load_script("write_fidelity")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("language", tables.PAGES)
