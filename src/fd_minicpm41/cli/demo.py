@@ -122,11 +122,12 @@ class _Demo:
         print(f"\nTalk to it: fd-minicpm41 chat --model {self.folder}")
 
     def _find_facts(self, length: int, sparse: SparseConfig) -> None:
+        from fd_minicpm41.small_model.examination import plain_ids
         from fd_minicpm41.small_model.prose import examination_paragraphs
         from fd_minicpm41.small_model.tasks import make_retrieval
 
         def length_of(text: str) -> int:
-            return len(self.tokenizer.encode(text)) - 1  # without BOS
+            return len(plain_ids(self.tokenizer, text))
 
         prose = examination_paragraphs()
         made = make_retrieval(self.rng, prose, length_of, length, FACTS, "held_out")

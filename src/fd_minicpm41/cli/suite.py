@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from fd_minicpm41.cli.runtime import counted, progress
 from fd_minicpm41.errors import UsageError
+from fd_minicpm41.small_model.scores import ATTENTIONS, WEIGHTS
 
 if TYPE_CHECKING:
     from fd_minicpm41.small_model.engines import AttentionName, Engine
 
 ENGINES = ("reference", "ops", "fastdeploy")
-ATTENTIONS = ("dense", "sparse")
-WEIGHTS = ("bf16", "wint8", "wint4", "wint2", "w4a8", "w4afp8", "fp8")
 # Arguments that only the suite has: their defaults stand where None is asked for.
 DEFAULTS: dict[str, Any] = {
     "engine": "ops",

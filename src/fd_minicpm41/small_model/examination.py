@@ -79,7 +79,7 @@ def make_documents(
     rng = Random(f"{seed} {length}")
     needles, room = needles_of(length, count), length - _other_tokens(tokenizer)
     # Documents of one book have many sentences in common.
-    length_of = cache(lambda text: len(_plain(tokenizer, text)))
+    length_of = cache(lambda text: len(plain_ids(tokenizer, text)))
     documents = []
     while count > 0:
         made = make_retrieval(rng, paragraphs, length_of, room, needles, "held_out")
@@ -90,7 +90,7 @@ def make_documents(
         marked = [{"role": "user", "content": made.prefix.rstrip() + _MARK}]
         head, after = tokenizer.render_chat(marked, enable_thinking=False).split(_MARK)
         gap = made.prefix[len(made.prefix.rstrip()) :]
-        rests = [_plain(tokenizer, gap + question.question + after) for question in asked]
+        rests = [plain_ids(tokenizer, gap + question.question + after) for question in asked]
         shared = tokenizer.encode(head)
         whole = tokenizer.encode_chat(made.messages(asked[0]), enable_thinking=False)
         if whole != shared + rests[0]:
@@ -108,7 +108,7 @@ def _other_tokens(tokenizer: Tokenizer) -> int:
     """At least the tokens of a question, its reply and the conversation around the document."""
     thing = f"{max(ADJECTIVES, key=len)} {max(NOUNS, key=len)}"
     asked = [{"role": "user", "content": f"{READ}\n\nWhat is the pass key of the {thing}?"}]
-    reply = _plain(tokenizer, f"The pass key of the {thing} is Christopher Bennett.")
+    reply = plain_ids(tokenizer, f"The pass key of the {thing} is Christopher Bennett.")
     return len(tokenizer.encode_chat(asked, enable_thinking=False)) + len(reply) + SPARE_TOKENS
 
 
@@ -134,7 +134,7 @@ def make_windows(
         UsageError: less prose than that.
     """
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = _plain(tokenizer, "\n".join(paragraphs))
+    ids = plain_ids(tokenizer, "\n".join(paragraphs))
     step = length - len(start)
     if len(ids) < count * step:
         raise UsageError(
@@ -144,6 +144,7 @@ def make_windows(
     return [[*start, *ids[i * step : (i + 1) * step]] for i in range(count)]
 
 
-def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
+def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids without BOS."""
     ids = tokenizer.encode(text)
     return ids[1:] if tokenizer.bos_id is not None else ids

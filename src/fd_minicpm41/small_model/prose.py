@@ -15,12 +15,17 @@ CALIBRATION_SHARE = 0.2
 LEAST_CHARACTERS = 40
 
 
+def split_paragraphs(text: str) -> list[str]:
+    """The paragraphs of a book as one line each, without its headings."""
+    parts = text.replace("\r\n", "\n").split("\n\n")
+    lines = (" ".join(part.split()) for part in parts)
+    return [line for line in lines if len(line) > LEAST_CHARACTERS]
+
+
 @cache
 def _paragraphs() -> tuple[str, ...]:
     text = resources.files("fd_minicpm41").joinpath(FILE).read_text("utf-8-sig")
-    parts = text.replace("\r\n", "\n").split("\n\n")
-    lines = (" ".join(part.split()) for part in parts)
-    return tuple(line for line in lines if len(line) > LEAST_CHARACTERS)
+    return tuple(split_paragraphs(text))
 
 
 def _cut() -> int:

@@ -264,16 +264,18 @@ def run(
     examiner = Examiner(folder, plan)
     models = [(attention, weights) for weights in plan.weights for attention in plan.attentions]
     cells = {model: plan.cells(*model) for model in models}
-    open_cells = [c for listed in cells.values() for c in listed if results.done(c) is None]
-    costs = [examiner.cost(cell) for cell in open_cells]
-    done, total = 0, sum(costs)
+    waiting = {
+        model: [(cell, examiner.cost(cell)) for cell in listed if results.done(cell) is None]
+        for model, listed in cells.items()
+    }
+    done, total = 0, sum(cost for listed in waiting.values() for _, cost in listed)
     on_progress(0, total)
-    for model in models:
-        waiting = [cell for cell in cells[model] if results.done(cell) is None]
-        engine = make_engine(*model) if waiting else None
-        for cell in waiting:
-            assert engine is not None
-            cost, so_far = costs[open_cells.index(cell)], 0
+    for model, listed in waiting.items():
+        if not listed:
+            continue
+        engine = make_engine(*model)
+        for cell, cost in listed:
+            so_far = 0
 
             def on_cost(amount: int, before: int = done, most: int = cost) -> None:
                 nonlocal so_far

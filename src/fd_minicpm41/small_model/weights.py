@@ -12,6 +12,7 @@ from fd_minicpm41.quantization.quantise import quantise
 from fd_minicpm41.quantization.sidecar import hash_file, read_sidecar, weight_files
 from fd_minicpm41.quantization.streaming import Progress, TokenWindows
 from fd_minicpm41.reference.tokenizer import Tokenizer
+from fd_minicpm41.small_model.examination import plain_ids
 from fd_minicpm41.small_model.prose import calibration_paragraphs
 from fd_minicpm41.small_model.tasks import PROMPT_KINDS, make_prompt, make_retrieval
 
@@ -43,7 +44,7 @@ def calibration_windows(
 
 def _window(tokenizer: Tokenizer, rng: Random, length: int) -> list[int]:
     def length_of(text: str) -> int:
-        return len(tokenizer.encode(text)) - (tokenizer.bos_id is not None)
+        return len(plain_ids(tokenizer, text))
 
     made = make_retrieval(rng, calibration_paragraphs(), length_of, length // 2, 6, "train")
     messages = []
