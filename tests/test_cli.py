@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -96,6 +97,17 @@ def test_generate_prints_what_the_model_says(
     stdin(monkeypatch, b"the thinker")
     assert main([*command, "-"]) == 0
     assert capsys.readouterr().out == wanted + "\n"
+
+
+def test_the_callers_handler_of_sigterm_stands_again_after_a_command(tiny: Path) -> None:
+    def handler(number: int, frame: object) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        main(["generate", "--model", str(tiny), "--max-tokens", "1", "--prompt", "the"])
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_generate_json_with_sparse_attention(
@@ -306,9 +318,9 @@ def test_import_gguf_then_generate(
     assert "does not exist" in refuse("import-gguf", tmp_path / "no.gguf", "--out", out)
 
 
-@pytest.mark.parametrize(("signal", "code", "left"), [("SIGKILL", -9, 2), ("SIGTERM", 143, 1)])
+@pytest.mark.parametrize(("name", "code", "left"), [("SIGKILL", -9, 2), ("SIGTERM", 143, 1)])
 def test_a_killed_conversion_leaves_no_folder(
-    tmp_path: Path, signal: str, code: int, left: int
+    tmp_path: Path, name: str, code: int, left: int
 ) -> None:
     """SIGKILL leaves a hidden folder, which the next run removes; SIGTERM leaves nothing."""
     write_tiny_gguf(tmp_path / "m.gguf")
@@ -317,7 +329,7 @@ def test_a_killed_conversion_leaves_no_folder(
         "from fd_minicpm41.cli import main\n"
         "from fd_minicpm41.reference.checkpoint import CheckpointWriter\n"
         "CheckpointWriter.write_weights = lambda *_: os.kill(os.getpid(), signal."
-        f"{signal})\n"
+        f"{name})\n"
         "main(['import-gguf', 'm.gguf', '--out', 'out'])"
     )
     # The script imports Paddle before the command line can silence a warning of it.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -58,7 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Runs one command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C.
+
+    The caller's handler of SIGTERM stands again afterwards.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         args = build_parser().parse_args(argv)
         code: int = args.run(args)
@@ -74,3 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of the pipe has gone; without this the interpreter would say so when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    finally:
+        if handler is not None and signal.getsignal(signal.SIGTERM) is not handler:
+            signal.signal(signal.SIGTERM, handler)

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from fd_minicpm41.cli.runtime import counted, progress
 from fd_minicpm41.errors import UsageError
-from fd_minicpm41.small_model.scores import ATTENTIONS, WEIGHTS
+from fd_minicpm41.small_model.scores import ATTENTIONS, ENGINES, WEIGHTS, AttentionName
 
 if TYPE_CHECKING:
-    from fd_minicpm41.small_model.engines import AttentionName, Engine
+    from fd_minicpm41.small_model.engines import Engine
 
-ENGINES = ("reference", "ops", "fastdeploy")
 # Arguments that only the suite has: their defaults stand where None is asked for.
 DEFAULTS: dict[str, Any] = {
     "engine": "ops",

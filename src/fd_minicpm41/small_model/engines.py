@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from fd_minicpm41.errors import UsageError
+from fd_minicpm41.small_model.scores import AttentionName
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fd_minicpm41.quantization.evaluation import Side
-
-EngineName = Literal["reference", "ops", "fastdeploy"]
-AttentionName = Literal["dense", "sparse"]
 
 # Tokens of a prompt that are read at once: the reference holds the scores of all of them.
 CHUNKS = {"reference": 512, "ops": 2048}

@@ -7,13 +7,16 @@ sizes) and what came of it. Standard library alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from fd_minicpm41.small_model.tasks import Prompt, Question
 
 DEPTHS = 10
 WEIGHTS = ("bf16", "wint8", "wint4", "wint2", "w4a8", "w4afp8", "fp8")
-ATTENTIONS = ("dense", "sparse")
+EngineName = Literal["reference", "ops", "fastdeploy"]
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+AttentionName = Literal["dense", "sparse"]
+ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
 
 Row = dict[str, Any]
 

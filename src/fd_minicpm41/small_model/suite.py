@@ -21,7 +21,7 @@ from fd_minicpm41.errors import UsageError
 from fd_minicpm41.quantization.atomic import write_text
 from fd_minicpm41.quantization.sidecar import hash_file, weight_files
 from fd_minicpm41.reference.tokenizer import Tokenizer
-from fd_minicpm41.small_model.engines import AttentionName, Engine, EngineName, perplexity
+from fd_minicpm41.small_model.engines import Engine, perplexity
 from fd_minicpm41.small_model.examination import (
     ANSWER_TOKENS,
     FORMAT_KINDS,
@@ -35,7 +35,13 @@ from fd_minicpm41.small_model.examination import (
     make_windows,
 )
 from fd_minicpm41.small_model.prose import examination_paragraphs
-from fd_minicpm41.small_model.scores import Row, format_score, retrieval_score
+from fd_minicpm41.small_model.scores import (
+    AttentionName,
+    EngineName,
+    Row,
+    format_score,
+    retrieval_score,
+)
 from fd_minicpm41.small_model.tasks import PromptKind
 
 RESULTS = "results.json"
