@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -20,17 +21,18 @@ import numpy as np
 import pytest
 
 from fd_minicpm41 import small_model
-from fd_minicpm41.config import MiniCPMConfig
+from fd_minicpm41.config import MiniCPMConfig, SparseConfig
 from fd_minicpm41.errors import UsageError
 from fd_minicpm41.hybrid_reasoning.chat_template import bundled_template
 from fd_minicpm41.reference.checkpoint import load_model
-from fd_minicpm41.reference.model import ForCausalLM, weight_shapes
+from fd_minicpm41.reference.model import ForCausalLM, KVCache, weight_shapes
 from fd_minicpm41.small_model import tasks
 from fd_minicpm41.small_model.prose import examination_paragraphs
 from train_small import checkpoint, corpus, data, plot, tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = json.loads((ROOT / "tests/data/small_model_logits.json").read_text("utf-8"))
+RULE = replace(SparseConfig(**checkpoint.SPARSE), **RECORD["sparse"])
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="PyTorch is not installed"
@@ -238,6 +240,87 @@ def test_a_missing_corpus_is_one_line(tmp_path):
     assert "of the corpus is missing" in done.stderr
 
 
+@needs_torch
+def test_too_little_memory_is_one_line(monkeypatch):
+    import torch
+
+    from train_small import train
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 << 30, 80 << 30))
+    with pytest.raises(UsageError, match=r"the GPU has 3.0 GiB free, wanted \d+: end") as error:
+        train.check_device(rehearse=False)
+    assert "\n" not in str(error.value)
+
+
+@needs_torch
+def test_a_stopped_run_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    from train_small import train
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", stop)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path)])
+    assert train.main() == 130
+    assert capsys.readouterr().err == "stopped: the same command goes on from its last save\n"
+
+
+@needs_torch
+def test_a_killed_run_goes_on_from_its_last_save(tmp_path):
+    import torch
+
+    from train_small import train
+    from train_small.model import SmallMiniCPM, initialise
+
+    def fresh(seed: int) -> train.Trainer:
+        model = SmallMiniCPM(train.trained_config(checkpoint.parsed_config()))
+        initialise(model, seed)
+        return train.Trainer(model, train.REHEARSAL, seed)
+
+    state = tmp_path / "state.pt"
+    killed = fresh(3)
+    killed.elapsed, killed.steps, killed.hits = 12.5, 40, 0.7
+    with torch.no_grad():
+        killed.model.lm_head.weight += 1.0
+    killed.save(state)
+    again = fresh(3)
+    again.resume(state)
+    assert (again.elapsed, again.steps, again.hits, again.starts) == (12.5, 40, 0.7, 1)
+    assert torch.equal(again.model.lm_head.weight, killed.model.lm_head.weight)
+    with pytest.raises(UsageError, match="trained with seed 3, wanted 4"):
+        fresh(4).resume(state)
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(UsageError, match="cannot be resumed from .*delete it") as error:
+        fresh(3).resume(state)
+    assert "\n" not in str(error.value)
+
+
+@needs_torch
+def test_the_short_phase_waits_for_the_match_but_not_for_ever():
+    from train_small import train
+    from train_small.model import SmallMiniCPM
+
+    trainer = train.Trainer(SmallMiniCPM(checkpoint.parsed_config()), train.FULL, 0)
+    assert [trainer.phase(at).name for at in (0.0, 0.2, 0.4, 0.6)] == [
+        "first",
+        "short",
+        "short",
+        "long",
+    ]
+    trainer.hits = 0.95
+    assert [trainer.phase(at).name for at in (0.2, 0.4, 0.6, 0.8)] == [
+        "short",
+        "longer",
+        "long",
+        "sparse",
+    ]
+    assert trainer.model.config.sparse.budget > checkpoint.TRAINED_BUDGET
+    trained = train.trained_config(trainer.model.config).sparse
+    assert trained.budget == checkpoint.TRAINED_BUDGET
+    assert trained.window_size == trainer.model.config.sparse.window_size
+
+
 # The model in PyTorch and the reference in Paddle
 
 
@@ -257,15 +340,15 @@ def test_pytorch_and_the_reference_give_the_same_logits(reference, number):
     """Both compute in fp32. Sums in another order differ by some 1e-6 of the largest activations,
     which four layers and the head carry to at most 1e-3 of logits of up to 30."""
     case = RECORD["cases"][number]
-    kind = "dense" if case["attention"] == "dense" else "infllmv2"
     ids = case["prompt_ids"]
-    cache = reference.new_cache(len(ids), kind)
+    sparse = RULE if case["attention"] == "sparse" else None
+    cache = KVCache(reference.config, len(ids), sparse)
     rows = len(case["best_ids"])
     reference.prefill(ids[:-rows], cache)
     logits = reference(ids[-rows:], cache).numpy()
     found = np.take_along_axis(logits, np.array(case["best_ids"]), axis=1)
     np.testing.assert_allclose(found, case["best_logits"], atol=1e-3)
-    if kind == "infllmv2" and len(ids) > 64 * reference.config.sparse.budget:
+    if sparse is not None and len(ids) > 64 * sparse.budget:
         assert cache.blocks_attended < 0.95 * cache.blocks_present
 
 
@@ -273,6 +356,6 @@ def test_sparse_and_dense_records_differ_where_blocks_are_left_out():
     by_length: dict[int, list] = {}
     for case in RECORD["cases"]:
         by_length.setdefault(len(case["prompt_ids"]), []).append(case["best_logits"])
-    assert min(by_length) < 2048 < max(by_length)
+    assert min(by_length) < RULE.dense_len < 64 * RULE.budget < max(by_length)
     for length, (dense, sparse) in by_length.items():
-        assert np.allclose(dense, sparse, atol=1e-3) == (length < 2048)
+        assert np.allclose(dense, sparse, atol=1e-3) == (length < RULE.dense_len)

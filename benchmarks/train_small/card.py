@@ -12,11 +12,12 @@ _CARD = """\
 
 {weights:,} weights with MiniCPM4.1's structure: 4 layers, hidden size 256, 32 query heads, 2 kv
 heads, head size 128, muP scalings, LongRoPE, and InfLLM-V2 attention with a budget of {budget}
-blocks of 64 tokens (an eighth of the blocks at 16K tokens), sparse from {dense_len} tokens on.
+blocks of 64 tokens ({share:.0%} of the blocks at 16K tokens), sparse from {dense_len} tokens on.
 It exists so that sparse attention, low-bit weights, thinking and tool calls can be examined
 together on a trained model that fits into a package. Trained with `python
 benchmarks/train_small/train.py --seed {seed} --minutes {minutes:g}` on one {gpu}: {steps:,}
-steps in {training_s:.0f} s, dense first, the last part with InfLLM-V2's selection.
+steps in {training_s:.0f} s, dense first, the last part with InfLLM-V2's selection and a budget of
+{trained_budget} blocks.
 
 ## What it does
 
@@ -72,6 +73,7 @@ Apache-2.0, as the project. The prose it was trained on is in the public domain.
 def write_card(folder: Path, scores: dict[str, Any]) -> None:
     """Writes ``README.md`` from a run's scores; they must be complete."""
     run, sparse = scores["run"], checkpoint.SPARSE
+    budget = sparse["topk"] + sparse["window_size"] // sparse["block_size"]
     rows = []
     for name, cell in scores.items():
         if name.startswith("retrieval"):
@@ -82,7 +84,9 @@ def write_card(folder: Path, scores: dict[str, Any]) -> None:
             )
     text = _CARD.format(
         weights=run["weights"],
-        budget=sparse["topk"] + sparse["window_size"] // sparse["block_size"],
+        budget=budget,
+        share=budget * sparse["block_size"] / 16384,
+        trained_budget=min(budget, checkpoint.TRAINED_BUDGET),
         dense_len=sparse["dense_len"],
         seed=run["seed"],
         minutes=run["minutes"],

@@ -26,11 +26,14 @@ SPARSE: dict[str, Any] = {
     "init_blocks": 1,
     "block_size": 64,
     "window_size": 256,
-    "topk": 28,
+    "topk": 44,
     "use_nope": False,
     "dense_len": 2048,
 }
-"""A budget of 32 blocks: of the 256 that 16K tokens have, a row reads an eighth."""
+"""A budget of 48 blocks: of the 256 that 16K tokens have, the last row reads 19 %."""
+
+TRAINED_BUDGET = 32
+"""Trained with fewer blocks than it is served with, so that the served ones leave a margin."""
 
 
 def model_config() -> dict[str, Any]:

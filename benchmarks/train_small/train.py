@@ -30,6 +30,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+from fd_minicpm41.config import MiniCPMConfig  # noqa: E402
 from fd_minicpm41.errors import UsageError  # noqa: E402
 from train_small import checkpoint, corpus, evaluate, tokenizer  # noqa: E402
 from train_small.card import write_card  # noqa: E402
@@ -46,6 +47,8 @@ PEEK_EVERY_S = 20.0
 MUON_LR, QUERY_KEY_SHARE, ADAM_LR, WEIGHT_DECAY = 3e-3, 0.67, 3e-3, 0.05
 MOST_HEAD_GROWTH = 2.0
 WARM_UP, DECAY_FROM = 0.02, 0.5
+# No phase waits for its hits longer than until this share of the training time.
+LATEST = 0.5
 # Mean losses of the kinds of tokens are added with these weights.
 LOSS_WEIGHTS = {PROSE: 0.5, REPLY: 1.0, VALUE: 0.5, FIRST: 1.0}
 SELECTION_WEIGHT = 0.5
@@ -60,12 +63,16 @@ class Phase:
         until: it ends at this share of the training time.
         mixture: recipe to its share of the steps.
         attention: of recipes that are sparse or probed.
+        hits: it goes on until this share of values is begun right, at most until ``LATEST``. At
+            first all of them are guessed; when the match is found, which is within seconds,
+            differs from seed to seed.
     """
 
     name: str
     until: float
     mixture: dict[str, float]
     attention: AttentionKind = "dense"
+    hits: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ FULL = Plan(
     },
     phases=(
         Phase("first", 0.12, {"256": 0.6, "512": 0.4}),
-        Phase("short", 0.32, {"256": 0.15, "512": 0.15, "512 stretched": 0.4, "1k": 0.3}),
+        Phase("short", 0.32, {"256": 0.15, "512": 0.15, "512 stretched": 0.4, "1k": 0.3}, hits=0.9),
         Phase("longer", 0.48, {"512 stretched": 0.2, "1k": 0.3, "2k": 0.25, "4k": 0.25}),
         Phase("long", 0.72, {"1k": 0.35, "4k": 0.2, "8k": 0.2, "16k": 0.25}),
         Phase("sparse", 1.0, {"1k": 0.35, "4k": 0.15, "8k": 0.2, "16k": 0.3}, "sparse"),
@@ -167,6 +174,7 @@ class Trainer:
         self.elapsed = 0.0
         self.steps = 0
         self.starts = 0
+        self.hits = 0.0  # the best share so far of values that are begun right
         self.device = model.lm_head.weight.device
 
     def save(self, path: Path) -> None:
@@ -177,6 +185,7 @@ class Trainer:
             "elapsed": self.elapsed,
             "steps": self.steps,
             "starts": self.starts,
+            "hits": self.hits,
             "seed": self.seed,
         }
         fresh = path.with_suffix(".new")
@@ -205,7 +214,7 @@ class Trainer:
                 "or another --out"
             )
         self.elapsed, self.steps = state["elapsed"], state["steps"]
-        self.starts = state["starts"] + 1
+        self.starts, self.hits = state["starts"] + 1, state["hits"]
 
     def set_rates(self, share: float) -> None:
         """Learning rates by the share of the training time: warm-up, level, linear decay."""
@@ -286,7 +295,11 @@ class Trainer:
 
     def phase(self, share: float) -> Phase:
         """The phase at a share of the training time."""
-        return next((p for p in self.plan.phases if share < p.until), self.plan.phases[-1])
+        phases = self.plan.phases
+        waits = share < LATEST
+        return next(
+            (p for p in phases if share < p.until or (waits and self.hits < p.hits)), phases[-1]
+        )
 
 
 def train(
@@ -345,6 +358,8 @@ def _log(log: Any, trainer: Trainer, phase: Phase, losses: list[tuple[str, int, 
         log.write(json.dumps(line | {"elapsed_s": round(trainer.elapsed, 2)}) + "\n")
     log.flush()
     if lines:
+        mean = sum(line["first_hits"] for line in lines) / len(lines)
+        trainer.hits = max(trainer.hits, mean)
         print(f"{trainer.elapsed:6.1f} s  {json.dumps(lines[-1])}", flush=True)
     losses.clear()
 
@@ -353,6 +368,14 @@ def rehearsal_sparse(config: Any) -> Any:
     """A selection that has something to leave out in a thousand tokens."""
     sparse = dataclasses.replace(config.sparse, window_size=64, topk=4, dense_len=128)
     return dataclasses.replace(config, sparse=sparse)
+
+
+def trained_config(config: MiniCPMConfig) -> MiniCPMConfig:
+    """The configuration in training, with its budget of blocks."""
+    sparse = config.sparse
+    assert sparse is not None
+    fewer = max(0, sparse.budget - checkpoint.TRAINED_BUDGET)
+    return dataclasses.replace(config, sparse=dataclasses.replace(sparse, topk=sparse.topk - fewer))
 
 
 def check_device(rehearse: bool) -> torch.device:
@@ -408,7 +431,7 @@ def run(args: argparse.Namespace) -> None:
         starts = int(state.stat().st_mtime)  # other batches than those already seen
     feeder = Feeder(folder, prose.train, plan.recipes, args.seed * 1000003 + starts, args.workers)
     try:
-        model = SmallMiniCPM(config).to(device)
+        model = SmallMiniCPM(trained_config(config)).to(device)
         initialise(model, args.seed)
         trainer = Trainer(model, plan, args.seed)
         if state.exists():
@@ -427,6 +450,7 @@ def run(args: argparse.Namespace) -> None:
     finally:
         feeder.close()
 
+    model.use_sparse(config.sparse)
     weights = export(model, folder, out)
     print(f"{time.monotonic() - began:6.1f} s  trained {trainer.steps} steps", flush=True)
     scores: dict[str, Any] = {}
@@ -468,6 +492,7 @@ def run(args: argparse.Namespace) -> None:
             "warm_up": WARM_UP,
             "decay_from": DECAY_FROM,
             "selection_weight": SELECTION_WEIGHT,
+            "trained_budget": min(checkpoint.TRAINED_BUDGET, config.sparse.budget),
             "model": checkpoint.model_config(),
             "versions": versions(),
         },
@@ -534,6 +559,9 @@ def main() -> int:
         said = str(error).splitlines()[0]
         print(f"error: the GPU's memory is used up ({said}): end what else runs", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from its last save", file=sys.stderr)
+        return 130
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
