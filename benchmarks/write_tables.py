@@ -154,6 +154,24 @@ def small_model_unions() -> str:
     return f"{lines}\n\nPyTorch {result['torch']}, {result['device']}: `{result['command']}`."
 
 
+def small_model_prefill() -> str:
+    result = read("prefill_small_model")
+    lines = table(
+        ("prompt, layer", "union of 32 tokens", "sparse step", "cuDNN", "cuDNN / sparse"),
+        (
+            (
+                f"{k(row['length'])}, {row['layer']}",
+                f"{row['unions']['32']:.0f}",
+                f"{row['ours_ms']:.2f}",
+                f"{row['cudnn_ms']:.2f}",
+                f"{row['cudnn_ms'] / row['ours_ms']:.2f}",
+            )
+            for row in sorted(result["rows"], key=lambda row: (row["length"], row["layer"]))
+        ),
+    )
+    return f"{lines}\n\nMilliseconds. {made_on(result)}"
+
+
 def chunks() -> str:
     result = read("prefill")
     lines = table(
@@ -355,6 +373,7 @@ MAKERS = (
     prefill,
     unions,
     small_model_unions,
+    small_model_prefill,
     chunks,
     first_token,
     decode,
