@@ -483,12 +483,12 @@ def test_demo_answers_with_the_small_model(
     assert main(["demo", "--length", str(length), "--seed", "1"]) == 0
     text = capsys.readouterr().out
     facts, thinking, call = re.split(r"\n\d\. ", text)[1:]
-    (read,) = re.findall(r"\n([\d,]+) tokens of", facts)
-    assert abs(int(read.replace(",", "")) - length) < 64 and facts.count("\n> ") == demo.FACTS
+    (read,) = (int(n.replace(",", "")) for n in re.findall(r"\n([\d,]+) tokens of", facts))
+    assert abs(read - length) < 64 and facts.count("\n> ") == demo.FACTS
     assert f"right: dense {demo.FACTS} of {demo.FACTS}, sparse {demo.FACTS} of" in facts
-    # Rows of questions and answers come after the text, which has so many blocks.
+    # Rows of questions and answers come after the text, which has at least so many blocks.
     (share,) = re.findall(r"sparse attention read (\d+)% of the blocks", facts)
-    assert 0 <= 100 * sparse.budget / (length / 64) - int(share) <= 5
+    assert 0 <= 100 * sparse.budget / (read // 64) - int(share) <= 5
     on, off = thinking.split("\n> ")[1:]
     assert "  thinking  Ones: " in on and "  answer    " in on
     assert "[thinking off]" in off and "  thinking " not in off and "  answer    " in off
