@@ -270,7 +270,8 @@ def measured_bars(rows: Sequence[Row]) -> list[tuple[str, float, float | None, s
         return largest(*gaps) if gaps else None
 
     gaps = [
-        worst_gap(rows, side(a, engine="reference"), side(a), HELD_TO_REFERENCE, is_absolute=True)
+        worst_gap(rows, side(a, w, "reference"), side(a, w), HELD_TO_REFERENCE, is_absolute=True)
+        for w in WEIGHTS
         for a in ATTENTIONS
     ]
     kernels = max((gap for gap in gaps if gap is not None), default=None)
