@@ -17,6 +17,7 @@ from fd_minicpm41.hybrid_reasoning.chat_template import (
     lacking,
     prepare_messages,
     prompt_switch,
+    tools_as_sent,
     uses_tools,
     with_one_bos,
     without_reasoning,
@@ -117,6 +118,12 @@ def test_bundled_template_shows_tools_once_and_keeps_the_system_message():
     assert json.dumps(TOOLS[0]["function"]) in text
     assert text.endswith("<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert render([user("Hi")], tools=TOOLS).startswith("<|im_start|>system\n# Functions\n")
+
+
+def test_fields_that_a_client_left_out_of_a_tool_are_left_out():
+    unset = {"description": None, "strict": None}
+    filled_in = [{**tool, "function": tool["function"] | unset} for tool in TOOLS]
+    assert tools_as_sent(filled_in) == TOOLS
 
 
 def test_what_a_template_lacks():

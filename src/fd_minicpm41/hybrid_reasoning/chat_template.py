@@ -90,6 +90,14 @@ def prompt_switch(messages: Sequence[Mapping[str, Any]]) -> bool | None:
     return None
 
 
+def tools_as_sent(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The tools without what FastDeploy's request model fills in: null for each field left out."""
+    return [
+        {**tool, "function": {k: v for k, v in tool["function"].items() if v is not None}}
+        for tool in tools
+    ]
+
+
 def uses_tools(messages: Sequence[Mapping[str, Any]], tools: Any) -> bool:
     """Whether the conversation offers tools or has used any."""
     return bool(tools) or any(m.get("role") == "tool" or m.get("tool_calls") for m in messages)

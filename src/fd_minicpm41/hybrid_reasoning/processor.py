@@ -25,6 +25,7 @@ from fd_minicpm41.hybrid_reasoning.chat_template import (
     lacking,
     prepare_messages,
     prompt_switch,
+    tools_as_sent,
     uses_tools,
     with_one_bos,
 )
@@ -177,6 +178,8 @@ class MiniCPM41Processor(_HostProcessor):
         if request.get("tool_choice") == "none":
             request["tools"] = None
             kwargs.pop("tools", None)
+        if request.get("tools"):
+            request["tools"] = tools_as_sent(request["tools"])
         tools = request.get("tools") or kwargs.get("tools")
         template = kwargs.pop("chat_template", None)
         if template is None:
