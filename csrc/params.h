@@ -68,6 +68,8 @@ struct RopeAndWriteKvParams {
 };
 
 // Writes the mean of every fine and coarse window that ends inside [compress_from[b], kv_len(b)).
+// May start before the launch before it on the stream ends: that one may write new keys, but none
+// that stand before history_lens[b], and nothing of the batch.
 struct CompressKeysParams {
   Batch batch;
   Heads heads;

@@ -23,7 +23,8 @@ Status run_select_blocks(const SelectBlocksParams& params, void* stream) {
 int64_t sparse_attention_workspace(const SparseAttentionParams& params) {
   Device device;
   if (!current_device("sparse_attention", &device).ok()) return 0;
-  return sparse_decode_workspace(params, device);
+  return std::max(sparse_decode_workspace(params, device),
+                  sparse_prefill_workspace(params, device));
 }
 
 Status run_sparse_attention(const SparseAttentionParams& params, void* stream) {
@@ -34,13 +35,14 @@ Status run_sparse_attention(const SparseAttentionParams& params, void* stream) {
   status = check_geometry(op, params.heads, &device);
   if (!status.ok() || params.batch.num_tokens == 0) return status;
   status = check_workspace(op, params.workspace, params.workspace_bytes,
-                           sparse_decode_workspace(params, device));
+                           sparse_attention_workspace(params));
   if (!status.ok()) return status;
-  status = sparse_decode(params, device, stream);
-  if (status.ok() && is_prefill(params.batch.max_query_len)) {
+  // The prefill half comes first, for it may begin before select_blocks has ended.
+  if (is_prefill(params.batch.max_query_len)) {
     status = sparse_prefill(params, device, stream);
+    if (!status.ok()) return status;
   }
-  return status;
+  return sparse_decode(params, device, stream);
 }
 
 }  // namespace cuda

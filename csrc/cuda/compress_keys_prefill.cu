@@ -3,7 +3,8 @@
 // One block a run of neighbouring pages of one kv head. Strips of 16 keys are summed once each, the
 // page before the run being summed again, and every window is a run of strips. The order of the
 // additions is that of the kernel for few tokens, so a window's bits do not depend on which of the
-// two wrote it.
+// two wrote it. Windows of keys that were there before this step need not wait for the launch
+// before this one, which writes new keys alone.
 #include "prefill.h"
 
 namespace minicpm41 {
@@ -74,13 +75,13 @@ __global__ void __launch_bounds__(kRunThreads)
   const int request = blockIdx.z;
   const int kv_head = blockIdx.y;
   const int kv_heads = params.heads.num_kv_heads;
+  // One block waits on behalf of those without work, so that this launch ends after the one before.
+  if (blockIdx.x + blockIdx.y + blockIdx.z == 0) wait_for_previous_launch();
   const int query_len = __ldg(batch.query_lens + request);
   if (query_len == 0) return;
   const int history_len = __ldg(batch.history_lens + request);
   const int from =
       params.compress_from == nullptr ? history_len : max(0, __ldg(params.compress_from + request));
-  // A single token may read windows of its history before this launch has ended.
-  if (from >= history_len || query_len > 1) allow_next_launch();
   const int kv_len = history_len + query_len;
   const int num_blocks = min((kv_len + kBlockSize - 1) / kBlockSize, batch.max_blocks);
   const int32_t* pages = batch.block_tables + int64_t{request} * batch.max_blocks;
@@ -90,6 +91,12 @@ __global__ void __launch_bounds__(kRunThreads)
 
   for (int first = from / kBlockSize + blockIdx.x * kRunPages; first < num_blocks;
        first += gridDim.x * kRunPages) {
+    // The launch before this one writes the new keys.
+    if ((first + kRunPages) * kBlockSize > history_len) {
+      wait_for_previous_launch();
+      // A single token may read windows of its history before this launch has ended.
+      if (from >= history_len || query_len > 1) allow_next_launch();
+    }
     for (int index = warp; index < kRunStrips; index += kRunWarps) {
       const int strip = (first - 1) * kStripsPerPage + index;
       // A strip that is not whole is in no window.
@@ -146,6 +153,9 @@ template __global__ void compress_keys_prefill_kernel<__nv_bfloat16>(
 }  // namespace
 
 Status compress_keys_prefill(const CompressKeysParams& params, void* stream) {
+  Device device;
+  const Status status = current_device("compress_keys", &device);
+  if (!status.ok()) return status;
   const Batch& batch = params.batch;
   // A rebuild may touch every block of a request, new tokens only their own.
   const bool is_rebuild = params.compress_from != nullptr;
@@ -157,6 +167,7 @@ Status compress_keys_prefill(const CompressKeysParams& params, void* stream) {
   shape.grid = dim3(std::min((blocks + kRunPages - 1) / kRunPages, most), params.heads.num_kv_heads,
                     batch.batch_size);
   shape.threads = kRunThreads;
+  shape.overlap = device.has_clusters();
   const auto kernel = params.heads.dtype == kFloat16 ? compress_keys_prefill_kernel<__half>
                                                      : compress_keys_prefill_kernel<__nv_bfloat16>;
   return launch_status("compress_keys", launch(kernel, shape, stream, params));

@@ -45,8 +45,10 @@ __device__ __forceinline__ void wait_without_row(bool by_request) {
 }
 
 // The two halves of an op. `params` are valid and `device` is the current one; the prefill half is
-// launched when max_query_len allows for a prefill request.
+// launched when max_query_len allows for a prefill request. They run one after the other and use
+// the same workspace.
 int64_t sparse_decode_workspace(const SparseAttentionParams& params, const Device& device);
+int64_t sparse_prefill_workspace(const SparseAttentionParams& params, const Device& device);
 Status select_blocks_decode(const SelectBlocksParams& params, const Device& device, void* stream);
 Status select_blocks_prefill(const SelectBlocksParams& params, const Device& device, void* stream);
 Status sparse_decode(const SparseAttentionParams& params, const Device& device, void* stream);

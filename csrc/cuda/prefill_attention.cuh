@@ -10,6 +10,8 @@ namespace cuda {
 // sparse_prefill for sm_90a, and whether this build holds it.
 Status sparse_prefill_sm90(const SparseAttentionParams& params, void* stream);
 bool has_sparse_prefill_sm90();
+// Of its workspace: how many tiles the thread blocks have taken beyond their first.
+constexpr int64_t kTurnsBytes = sizeof(int32_t);
 
 // ---- which rows attend to a block ----
 
@@ -42,21 +44,35 @@ __device__ __forceinline__ void mark_dense(uint32_t* marks, const SparseAttentio
     marks[word] = mark(base + 2 * word) | mark(base + 2 * word + 1) << kMarkBits;
   }
 }
+// Waits for the lists of the other rows, which select_blocks may still be making; before a barrier.
+__device__ __forceinline__ void await_lists(const SparseAttentionParams& params, const Tile& tile,
+                                            int kv_head, int thread) {
+  if (thread < dense_rows_of(params, tile) || thread >= tile.rows) return;
+  const int64_t row = int64_t{kv_head} * params.batch.num_tokens + tile.row + thread;
+  await_list(params.topk_idx + (row + 1) * params.budget - 1);
+}
 // Adds the lists of the other rows, after a barrier.
 __device__ __forceinline__ void mark_listed(uint32_t* marks, const SparseAttentionParams& params,
                                             const Tile& tile, int kv_head, int base, int count,
                                             int thread, int threads) {
-  int row = dense_rows_of(params, tile);
+  constexpr int kAtOnce = 4;  // trips to memory
+  const int dense = dense_rows_of(params, tile);
   const int32_t* list =
       params.topk_idx +
-      (int64_t{kv_head} * params.batch.num_tokens + tile.row + row) * params.budget;
-#pragma unroll 2
-  for (; row < tile.rows; ++row, list += params.budget) {
-    const int own = (tile.position + row) / kBlockSize;
-    for (int i = thread; i < params.budget; i += threads) {
-      const int id = __ldg(list + i);
-      const int at = id - base;
-      if (at >= 0 && at < count && id <= own) {
+      (int64_t{kv_head} * params.batch.num_tokens + tile.row + dense) * params.budget;
+  const int entries = (tile.rows - dense) * params.budget;
+  for (int first = thread; first < entries; first += kAtOnce * threads) {
+    int ids[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int entry = first + i * threads;
+      ids[i] = entry < entries ? __ldcg(list + entry) : -1;  // L1 may hold older ones
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = dense + (first + i * threads) / params.budget;
+      const int at = ids[i] - base;
+      if (at >= 0 && at < count && ids[i] <= (tile.position + row) / kBlockSize) {
         atomicOr(marks + at / 2, 1u << (row + at % 2 * kMarkBits));
       }
     }

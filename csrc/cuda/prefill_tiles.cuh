@@ -6,6 +6,21 @@
 namespace minicpm41 {
 namespace cuda {
 
+// While a list is being made, its last entry is this. Attention may begin on a tile as soon as the
+// lists of its rows are there, before select_blocks has ended: each thread block of select_blocks
+// lets the next launch begin only when all of its lists say so, and stays until they are made.
+constexpr int32_t kNotListed = -2;
+
+__device__ __forceinline__ void publish_list(int32_t* last_entry, int32_t block) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(last_entry), "r"(block) : "memory");
+}
+__device__ __forceinline__ void await_list(const int32_t* last_entry) {
+  int32_t block;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(block) : "l"(last_entry) : "memory");
+  } while (block == kNotListed);
+}
+
 // Neighbouring rows of one request. Where a tile is cut does not show in a row's bits: blocks that
 // only its neighbours list leave no trace in its sums.
 struct Tile {
@@ -15,11 +30,13 @@ struct Tile {
   int position;  // of its first row
 };
 
-// How a call is cut: its first `small_rows` rows into tiles of up to `small` rows, the others into
-// tiles of up to `large`; no tile spans requests.
+// How a call is cut: into tiles of up to rows[0] rows, and of its first ones, from begin[1] to
+// begin[0], into tiles of up to rows[1], before that of up to rows[2]; no tile spans requests.
 struct Cut {
-  int large, small, small_rows;
-  int large_tiles, small_tiles;  // for each kv head
+  static constexpr int kSizes = 3;
+  int rows[kSizes];
+  int begin[kSizes];
+  int tiles[kSizes];  // for each kv head
 };
 
 __host__ __device__ inline int tiles_for(int rows, int tile_rows) {
@@ -51,58 +68,79 @@ __device__ __forceinline__ int running_sum(int value, int lane) {
   return value;
 }
 
-// 32 requests at a time, one a lane: their rows and how many of these are cut small.
+// 32 requests at a time, one a lane: their rows, and which of them are in tiles of a size.
 struct RequestScan {
   int first = -kWarpSize;  // request of lane 0
-  int row, rows, small_rows;
+  int row, rows;
 
-  __device__ __forceinline__ bool next(const Batch& batch, const Cut& cut, int lane) {
+  __device__ __forceinline__ bool next(const Batch& batch, int lane) {
     first += kWarpSize;
     if (first >= batch.batch_size) return false;
     rows = rows_of(batch, first + lane, &row);
-    const int end = running_sum(rows, lane) + rows_before_;
-    small_rows = min(max(cut.small_rows - (end - rows), 0), rows);
-    rows_before_ = __shfl_sync(kAllLanes, end, kWarpSize - 1);
+    const int end = running_sum(rows, lane) + rows_before_all_;
+    rows_before_ = end - rows;
+    rows_before_all_ = __shfl_sync(kAllLanes, end, kWarpSize - 1);
     return true;
+  }
+  __device__ __forceinline__ int begin_of(const Cut& cut, int size) const {
+    return min(max(cut.begin[size] - rows_before_, 0), rows);
+  }
+  __device__ __forceinline__ int end_of(const Cut& cut, int size) const {
+    return size == 0 ? rows : begin_of(cut, size - 1);
   }
 
  private:
-  int rows_before_ = 0;
+  int rows_before_, rows_before_all_ = 0;
 };
 
+__device__ __forceinline__ int count_tiles(const Batch& batch, const Cut& cut, int size, int lane) {
+  int tiles = 0;
+  for (RequestScan scan; scan.next(batch, lane);) {
+    const int rows = scan.end_of(cut, size) - scan.begin_of(cut, size);
+    tiles += __reduce_add_sync(kAllLanes, tiles_for(rows, cut.rows[size]));
+  }
+  return tiles;
+}
+
 // Cuts a call into tiles of `large` rows. If they are worked through by thread blocks that each
-// take their share, what is left for the last round goes to all of them in smaller tiles, a
-// multiple of `step` rows each. Called by whole warps, as is find_tile.
+// take their share, what is left for the last round goes to all of them in smaller tiles, of one
+// multiple of `step` rows or the next. Called by whole warps, as is find_tile.
 __device__ __forceinline__ Cut cut_call(const Batch& batch, int large, int step, int kv_heads,
                                         int thread_blocks, int lane) {
-  Cut cut = {large, large, 0, 0, 0};
-  for (int pass = 0; pass < 2; ++pass) {
-    int tiles = 0, small_tiles = 0;
-    for (RequestScan scan; scan.next(batch, cut, lane);) {
-      tiles += __reduce_add_sync(kAllLanes, tiles_for(scan.rows - scan.small_rows, large));
-      small_tiles += __reduce_add_sync(kAllLanes, tiles_for(scan.small_rows, cut.small));
-    }
-    cut.large_tiles = tiles;
-    cut.small_tiles = small_tiles;
-    if (pass == 1) break;
-    const int left = tiles * kv_heads % thread_blocks;
-    int small = step;
-    while (small < large && left * large > thread_blocks * small) small += step;
-    if (left == 0 || small >= large) break;
-    cut.small = small;
-    cut.small_rows = tiles_for(left, kv_heads) * large;
+  Cut cut = {{large, large, large}, {0, 0, 0}, {0, 0, 0}};
+  cut.tiles[0] = count_tiles(batch, cut, 0, lane);
+  const int left = tiles_for(cut.tiles[0] * kv_heads % thread_blocks, kv_heads) * large;  // rows
+  const int shares = thread_blocks / kv_heads;
+  if (left == 0 || shares == 0) return cut;
+  int most = step;
+  while (most < large && shares * most < left) most += step;
+  const int less = max(most - step, step);
+  // So many shares are of `less` rows, the others of `most`.
+  const int less_rows = most == less ? 0 : (shares * most - left) / step * less;
+  if (most < large) {
+    cut.rows[1] = most;
+    cut.rows[2] = less;
+    cut.begin[0] = left;
+    cut.begin[1] = less_rows;
+  } else {
+    cut.rows[1] = less;
+    cut.begin[0] = less_rows;
+  }
+#pragma unroll
+  for (int size = 0; size < Cut::kSizes; ++size) {
+    cut.tiles[size] = count_tiles(batch, cut, size, lane);
   }
   return cut;
 }
 
-// Tile `index` of the large or the small ones, of which there are more than that.
-__device__ __forceinline__ Tile find_tile(const Batch& batch, const Cut& cut, bool is_small,
-                                          int index, int lane) {
-  const int tile_rows = is_small ? cut.small : cut.large;
+// Tile `index` of those of a size, of which there are more than that.
+__device__ __forceinline__ Tile find_tile(const Batch& batch, const Cut& cut, int size, int index,
+                                          int lane) {
+  const int tile_rows = cut.rows[size];
   RequestScan scan;
-  while (scan.next(batch, cut, lane)) {
-    const int begin = is_small ? 0 : scan.small_rows;
-    const int end = is_small ? scan.small_rows : scan.rows;
+  while (scan.next(batch, lane)) {
+    const int begin = scan.begin_of(cut, size);
+    const int end = scan.end_of(cut, size);
     const int tiles = tiles_for(end - begin, tile_rows);
     const int tiles_end = running_sum(tiles, lane);
     const unsigned holds = __ballot_sync(kAllLanes, index < tiles_end);

@@ -47,6 +47,9 @@ constexpr int kSpareKeys = kKeys / 8;
 // Tiles for the last round have a multiple of this many rows, those of a product of a warpgroup.
 constexpr int kRowStep = 4;
 
+// Named barrier of the warps that have rows; 0 is __syncthreads.
+constexpr int kRowsBarrier = 1;
+
 template <bool kWgmma>
 struct Shape {
   static constexpr int kRows = kWgmma ? 12 : 8;
@@ -84,12 +87,14 @@ struct Ring {
 // first; both kv heads of a tile are neighbours. The whole warp calls it.
 __device__ __forceinline__ Tile tile_of_turn(const Batch& batch, const Cut& cut, int num_kv_heads,
                                              int turn, int lane, int* kv_head) {
-  const int index = turn / num_kv_heads;
+  int index = turn / num_kv_heads;
   *kv_head = turn % num_kv_heads;
-  if (index >= cut.large_tiles + cut.small_tiles) return {};
-  const bool is_small = index >= cut.large_tiles;
-  const int last = cut.large_tiles - 1 + (is_small ? cut.small_tiles : 0);
-  return find_tile(batch, cut, is_small, last - index, lane);
+  for (int size = 0; size < Cut::kSizes; ++size) {
+    const int tiles = cut.tiles[size];
+    if (index < tiles) return find_tile(batch, cut, size, tiles - 1 - index, lane);
+    index -= tiles;
+  }
+  return {};
 }
 
 // The slots a row reads. Tiles of slots begin at multiples of kTileWindows.
@@ -642,6 +647,23 @@ __device__ __forceinline__ Chosen choose(uint32_t* keys, const int32_t* blocks, 
 
 // ---- rows ----
 
+// Marks the lists of this thread block as not there; called by kWarps warps.
+template <int kWarps>
+__device__ __forceinline__ void forget_lists(const SelectBlocksParams& params, const Cut& cut) {
+  const int warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  for (int turn = blockIdx.x + warp * gridDim.x;; turn += kWarps * gridDim.x) {
+    int kv_head;
+    const Tile rows =
+        tile_of_turn(params.batch, cut, params.heads.num_kv_heads, turn, lane, &kv_head);
+    if (rows.rows == 0) return;
+    if (lane < rows.rows) {
+      const int64_t row = int64_t{kv_head} * params.batch.num_tokens + rows.row + lane;
+      params.topk_idx[(row + 1) * params.budget - 1] = kNotListed;
+    }
+  }
+}
+
 template <typename T, bool kWgmma>
 __device__ __forceinline__ void select_rows(const SelectBlocksParams& params, const Cut& cut,
                                             Ring<kWgmma> ring, uint32_t* keys) {
@@ -682,13 +704,23 @@ __device__ __forceinline__ void select_rows(const SelectBlocksParams& params, co
       if (mine.is_sparse) {
         for (int i = lane; i < params.init_blocks; i += kWarpSize) list[i] = i;
         list += budget - params.local_blocks;
-        for (int i = lane; i < params.local_blocks; i += kWarpSize) list[i] = mine.first_local + i;
+        for (int i = lane; i < params.local_blocks - 1; i += kWarpSize) {
+          list[i] = mine.first_local + i;
+        }
       } else {
         const int own = position / kBlockSize;
-        for (int i = lane; i < budget; i += kWarpSize) list[i] = i <= own ? i : -1;
+        for (int i = lane; i < budget - 1; i += kWarpSize) list[i] = i <= own ? i : -1;
       }
     }
+    const auto publish = [&](int last_block) {
+      __syncwarp();
+      if (lane == 0) publish_list(list_at(budget - 1), last_block);
+    };
     const bool chooses = exists && mine.fine_tiles > 0;
+    if (exists && !chooses) {
+      const int own = position / kBlockSize;
+      publish(mine.is_sparse ? own : own < budget - 1 ? -1 : budget - 1);
+    }
 
     uint32_t q[kKSteps][4] = {};
     if (chooses) {
@@ -765,6 +797,7 @@ __device__ __forceinline__ void select_rows(const SelectBlocksParams& params, co
     });
     if (chooses) {
       choose(keys, blocks, count, wanted, wanted, lane, list_at(params.init_blocks));
+      publish(mine.first_local + params.local_blocks - 1);
     }
   }
 }
@@ -799,8 +832,6 @@ __global__ void __launch_bounds__(kWgmma == kHasWgmma ? Shape<kWgmma>::kThreads 
       if (lane == 0) cut = found;
     }
     wait_for_previous_launch();
-    // The next one finds all done that this one had to wait for.
-    allow_next_launch();
     __syncthreads();
     if (threadIdx.x >= kRows * kWarpSize) {
 #ifdef MINICPM41_HAS_WGMMA
@@ -811,6 +842,11 @@ __global__ void __launch_bounds__(kWgmma == kHasWgmma ? Shape<kWgmma>::kThreads 
 #ifdef MINICPM41_HAS_WGMMA
       grow_registers<160>();
 #endif
+      forget_lists<kRows>(params, cut);
+      __threadfence();
+      sync_named(kRowsBarrier, kRows * kWarpSize);
+      // The next launch finds all done that this one had to wait for, and no list of an older step.
+      if (threadIdx.x == 0) allow_next_launch();
       select_rows<T, kWgmma>(params, cut, ring, keys);
     }
   }

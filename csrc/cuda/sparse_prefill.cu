@@ -85,9 +85,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int kv_head = blockIdx.y;
   // The latest positions, whose lists are the longest, come first.
   const Cut cut = cut_call(params.batch, kTokens, kTokens, 1, 1, lane);
-  const int index = cut.large_tiles - 1 - static_cast<int>(blockIdx.x);
+  const int index = cut.tiles[0] - 1 - static_cast<int>(blockIdx.x);
   if (index < 0) return;
-  const Tile tile = find_tile(params.batch, cut, false, index, lane);
+  const Tile tile = find_tile(params.batch, cut, 0, index, lane);
   const int last = tile.position + tile.rows - 1;
   const int position = tile.position + token;
 
@@ -146,6 +146,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 }  // namespace
+
+int64_t sparse_prefill_workspace(const SparseAttentionParams& params, const Device& device) {
+  if (!is_prefill(params.batch.max_query_len)) return 0;
+  return device.major == 9 && has_sparse_prefill_sm90() ? kTurnsBytes : 0;
+}
 
 Status sparse_prefill(const SparseAttentionParams& params, const Device& device, void* stream) {
   if (device.major == 9 && has_sparse_prefill_sm90()) return sparse_prefill_sm90(params, stream);

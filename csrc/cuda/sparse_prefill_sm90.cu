@@ -9,7 +9,9 @@
 // In the fourth warpgroup one warp has the copy engine fill a ring of K and V pages, and the other
 // three find out which tokens list what in the next tile. What a stage of the ring holds is told by
 // an entry beside it; a tile begins with a stage that holds an entry alone. Thread blocks stay for
-// all of their tiles, so that a tile's first pages arrive while the tile before is finished.
+// more tiles, so that a tile's first pages arrive while the tile before is finished. Tiles differ
+// in how much they list: a thread block takes its next one, from a counter, when it is nearly done
+// with the last. Who works on a tile does not show in its rows.
 //
 // While one warpgroup weighs its scores, the tensor cores serve the two others. How often that
 // succeeds depends on how long weighing takes: it looks for no maximum as long as weights stay in
@@ -46,6 +48,9 @@ struct __align__(1024) Tiles {
 #ifdef MINICPM41_HAS_WGMMA
 
 constexpr int kMarkers = 96;  // threads that make marks: three warps
+// The next tile is taken when so many blocks of positions are left of the last one. Making its
+// marks takes as long as some five listed blocks, and the ring holds five more.
+constexpr int kMarkAhead = 12;
 constexpr int kHalfBytes = kPageBytes / 2;
 // Named barriers; 0 is __syncthreads.
 constexpr int kMarkersBarrier = 1;
@@ -57,6 +62,7 @@ struct MarkedTile {
   int kv_head;
   int base;  // first block
   int count;
+  bool is_last;  // of the tile
 };
 
 // What a stage holds: a block and its mark, or, with mark 0, what the next tile is.
@@ -70,8 +76,11 @@ struct __align__(16) Entry {
 struct Signals {
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
   uint64_t marks_full[2], marks_empty[2];
+  uint64_t is_ending;  // the copies of a tile are about to end
   Entry entries[kStages];
   MarkedTile marked[2];
+  Cut cut;
+  int turn;
 };
 
 // A place in a ring, and the parity of the phase in which it is filled.
@@ -87,29 +96,34 @@ struct Cursor {
   }
 };
 
-// Three warps: marks the tiles of this thread block, one ahead of the copies.
+// Three warps: take tiles for this thread block and mark them, one ahead of the copies.
 __device__ __forceinline__ void make_marks(Tiles& tiles, Signals& signals,
                                            const SparseAttentionParams& params, int thread) {
   const int lane = thread % kWarpSize;
   const int kv_heads = params.heads.num_kv_heads;
-  const Cut cut = cut_call(params.batch, kTokens, kWarps, kv_heads, gridDim.x, lane);
-  const int large_turns = cut.large_tiles * kv_heads;
-  const int turns = large_turns + cut.small_tiles * kv_heads;
+  const Cut found = cut_call(params.batch, kTokens, kWarps, kv_heads, gridDim.x, lane);
+  if (thread == 0) signals.cut = found;
+  sync_named(kMarkersBarrier, kMarkers);
+  const Cut& cut = signals.cut;
+  int32_t* turns_taken = static_cast<int32_t*>(params.workspace);
+  int parity = 0;
   Cursor<2> buffer;
-  wait_for_previous_launch();  // for the lists
+  // With overlap, the lists of the first tile are waited for one by one.
+  if (params.overlap == 0) wait_for_previous_launch();
   // One kv head after the other, so that L2 serves one at a time; the latest positions, whose lists
   // are the longest, first.
-  for (int turn = blockIdx.x;; turn += gridDim.x) {
-    const bool is_end = turn >= turns;
+  for (int turn = blockIdx.x;;) {
     Tile tile = {};
     int kv_head = 0;
-    if (!is_end) {
-      const bool is_small = turn >= large_turns;
-      const int tiles = is_small ? cut.small_tiles : cut.large_tiles;
-      const int index = is_small ? turn - large_turns : turn;
-      kv_head = index / tiles;
-      tile = find_tile(params.batch, cut, is_small, tiles - 1 - index % tiles, lane);
+    for (int size = 0; size < Cut::kSizes && tile.rows == 0; ++size) {
+      const int tiles = cut.tiles[size];
+      if (turn < tiles * kv_heads) {
+        kv_head = turn / tiles;
+        tile = find_tile(params.batch, cut, size, tiles - 1 - turn % tiles, lane);
+      }
+      turn -= tiles * kv_heads;
     }
+    const bool is_end = tile.rows == 0;
     const int blocks = is_end ? 1 : blocks_of(params.batch, tile);
     for (int base = 0; base < blocks; base += kMarkedBlocks) {
       const int count = min(blocks - base, kMarkedBlocks);
@@ -117,14 +131,25 @@ __device__ __forceinline__ void make_marks(Tiles& tiles, Signals& signals,
       wait_phase(&signals.marks_empty[buffer.at], buffer.parity ^ 1);
       if (!is_end) {
         mark_dense(marks, params, tile, base, count, thread, kMarkers);
+        if (params.overlap != 0) await_lists(params, tile, kv_head, thread);
         sync_named(kMarkersBarrier, kMarkers);
         mark_listed(marks, params, tile, kv_head, base, count, thread, kMarkers);
       }
-      if (thread == 0) signals.marked[buffer.at] = {tile, kv_head, base, count};
+      if (thread == 0) {
+        signals.marked[buffer.at] = {tile, kv_head, base, count, base + count == blocks};
+      }
       arrive(&signals.marks_full[buffer.at]);
       buffer.advance();
     }
+    // From here on all lists are there, and the counter is cleared.
+    wait_for_previous_launch();
+    allow_next_launch();
     if (is_end) return;
+    wait_phase(&signals.is_ending, parity);
+    parity ^= 1;
+    if (thread == 0) signals.turn = gridDim.x + atomicAdd(turns_taken, 1);
+    sync_named(kMarkersBarrier, kMarkers);
+    turn = signals.turn;
   }
 }
 
@@ -136,6 +161,7 @@ __device__ __forceinline__ void copy_pages(Tiles& tiles, Signals& signals,
                                            int lane) {
   Cursor<kStages> ring;
   Cursor<2> buffer;
+  bool is_ending = false;
   for (;;) {
     wait_phase(&signals.marks_full[buffer.at], buffer.parity);
     const MarkedTile& marked = signals.marked[buffer.at];
@@ -144,6 +170,7 @@ __device__ __forceinline__ void copy_pages(Tiles& tiles, Signals& signals,
     const int base = marked.base;
     const int last = marked.tile.position + rows - 1;
     if (base == 0) {
+      is_ending = false;
       if (lane == 0) {
         wait_phase(&signals.k_empty[ring.at], ring.parity ^ 1);
         wait_phase(&signals.v_empty[ring.at], ring.parity ^ 1);
@@ -162,6 +189,10 @@ __device__ __forceinline__ void copy_pages(Tiles& tiles, Signals& signals,
     int block, mark, page;
     while (walk.next(&block, &mark, &page)) {
       block += base;
+      if (!is_ending && block + kMarkAhead > last / kBlockSize) {
+        if (lane == 0) arrive(&signals.is_ending);
+        is_ending = true;
+      }
       const int first_row = (page * params.heads.num_kv_heads + kv_head) * kBlockSize;
       const bool is_cut = last < block * kBlockSize + kBlockSize - 1;
       if (lane == 0) {
@@ -199,6 +230,7 @@ __device__ __forceinline__ void copy_pages(Tiles& tiles, Signals& signals,
       ring.advance();
     }
     __syncwarp();
+    if (marked.is_last && !is_ending && lane == 0) arrive(&signals.is_ending);
     if (lane == 0) arrive(&signals.marks_empty[buffer.at]);
     buffer.advance();
   }
@@ -223,7 +255,7 @@ class Consumer {
   __device__ __forceinline__ void run() {
     for (;;) {
       wait_phase(&signals_.k_full[ring_.at], ring_.parity);
-      const Entry header = signals_.entries[ring_.at];
+      const Entry header = entry();
       pass();
       const int rows = header.block % kMarkBits;
       const int kv_head = header.block / kMarkBits;
@@ -249,6 +281,16 @@ class Consumer {
   __device__ __forceinline__ void release(uint64_t* barrier) {
     if (lane_ == 0) arrive(barrier);
   }
+  // The lane that gives a stage back is the one that reads what it holds.
+  __device__ __forceinline__ Entry entry() const {
+    Entry found;
+    if (lane_ == 0) found = signals_.entries[ring_.at];
+    found.mark = __shfl_sync(kAllLanes, found.mark, 0);
+    found.block = __shfl_sync(kAllLanes, found.block, 0);
+    found.row = __shfl_sync(kAllLanes, found.row, 0);
+    found.position = __shfl_sync(kAllLanes, found.position, 0);
+    return found;
+  }
   __device__ __forceinline__ void pass() {
     wait_phase(&signals_.v_full[ring_.at], ring_.parity);
     __syncwarp();
@@ -258,8 +300,8 @@ class Consumer {
   }
   __device__ __forceinline__ Next peek() {
     wait_phase(&signals_.k_full[ring_.at], ring_.parity);
-    const int2 entry = *reinterpret_cast<const int2*>(&signals_.entries[ring_.at]);
-    return {entry.x, entry.y};
+    const Entry found = entry();
+    return {found.mark, found.block};
   }
   // Whether a token of the warpgroup lists it.
   __device__ __forceinline__ bool is_wanted(const Next& next) const {
@@ -391,6 +433,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       init_barrier(&signals.marks_full[i], kMarkers);
       init_barrier(&signals.marks_empty[i], 1);
     }
+    init_barrier(&signals.is_ending, 1);
     publish_barriers();
     prefetch_map(&k_map);
     prefetch_map(&v_map);
@@ -411,6 +454,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     Consumer<T>(tiles, signals, params, warpgroup, thread).run();
   }
 #endif
+}
+
+// For the launch behind it, which counts up from 0.
+__global__ void clear_turns_kernel(int32_t* turns_taken) {
+  allow_next_launch();
+  wait_for_previous_launch();
+  *turns_taken = 0;
 }
 
 using Kernel = void (*)(SparseAttentionParams, CUtensorMap, CUtensorMap);
@@ -437,15 +487,22 @@ Status sparse_prefill_sm90(const SparseAttentionParams& params, void* stream) {
                              &v_map);
   }
   if (!status.ok()) return status;
+  LaunchShape clear;
+  clear.grid = dim3(1);
+  clear.threads = 1;
+  clear.overlap = params.overlap != 0;
+  cudaError_t error =
+      launch(clear_turns_kernel, clear, stream, static_cast<int32_t*>(params.workspace));
+  if (error != cudaSuccess) return launch_status(op, error);
   LaunchShape shape;
   shape.threads = kThreads;
   shape.shared_bytes = sizeof(Tiles);
   int fits = 0;
-  const cudaError_t error = count_clusters(kernel, kThreads, shape.shared_bytes, 1, &fits);
+  error = count_clusters(kernel, kThreads, shape.shared_bytes, 1, &fits);
   if (error != cudaSuccess) return launch_status(op, error);
   shape.grid = dim3(static_cast<unsigned>(
       std::min<int64_t>(fits, most_tiles(batch, kWarps) * heads.num_kv_heads)));
-  shape.overlap = true;  // with sparse_decode_sm90
+  shape.overlap = true;
   return launch_status(op, launch(kernel, shape, stream, params, k_map, v_map));
 }
 

@@ -118,6 +118,8 @@ def compress_keys(
         k1_cache: ``[num_pages, num_kv_heads, 4, head_dim]``, fine windows, written.
         k2_cache: ``[num_pages, num_kv_heads, 1, head_dim]``, coarse windows, written.
         compress_from: int32 ``[batch_size]``; None means ``history_lens``, 0 rebuilds a prefix.
+            On a GPU the prefix is read while the launch before this one may still run: that one
+            writes new keys at most.
     """
     start = batch.history_lens if compress_from is None else compress_from
     _run(

@@ -19,11 +19,13 @@ from gpu_ops import (  # noqa: E402
     PUBLISHED,
     SMALL,
     TORCH_DTYPES,
+    Launches,
     Sizes,
     compress,
     download,
     from_gpu,
     ready,
+    same_bits,
     stream,
     window,
 )
@@ -371,6 +373,29 @@ def test_graph_replay_equals_eager() -> None:
     graph.replay()
     torch.cuda.synchronize()
     np.testing.assert_array_equal(download(topk_idx), wanted)
+
+
+def test_attention_takes_no_list_of_an_earlier_step() -> None:
+    """Attention begins on the lists that are there while select_blocks still makes the others."""
+    prompt = long_prompt(38_048)
+    prompt.v_cache.normal_()
+    gpu = chunk(prompt, 36_000, 38_048)
+    compress(gpu, [0])
+    plain, overlapped = Launches(gpu, PUBLISHED), Launches(gpu, PUBLISHED, overlap=1)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        gpu.q.copy_(torch.randn(gpu.q.shape, device="cuda"))
+        plain.run()
+        wanted = plain.result()
+        assert np.isfinite(wanted[2]).all()
+        for _ in range(5):
+            # What its buffers hold is of the queries before.
+            overlapped.run()
+            for got, want in zip(overlapped.result(), wanted, strict=True):
+                same_bits(got, want)
+            gpu.q.neg_()
+            overlapped.run()
+            gpu.q.neg_()
 
 
 def test_a_budget_beyond_the_buffer_is_refused() -> None:
