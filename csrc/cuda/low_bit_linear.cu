@@ -1,5 +1,6 @@
 // The host's side of low_bit_linear: which kernel, how many blocks, how deep a ring; and the
 // Hadamard transform of x, which goes first where a weight wants it.
+#include "low_bit_linear_few_tokens.cuh"
 #include "low_bit_linear_one_token.cuh"
 
 namespace minicpm41 {
@@ -210,6 +211,30 @@ cudaError_t find_x(const LowBitLinearParams& params, void* stream, const void** 
   return arrange(params, 0, params.num_tokens, true, true, stream);
 }
 
+// A map of x in boxes of kTileColumns columns by `tokens`.
+Status encode_x(const LowBitLinearParams& params, const void* x, int tokens, CUtensorMap* map) {
+  // Rows of 64 numbers, the most that a swizzle takes: the second half is a third dimension.
+  constexpr cuuint32_t kHalf = kTileColumns / 2;
+  constexpr cuuint64_t kBytes = 2;
+  const cuuint64_t columns = params.weight.in_features;
+  return encode_map(
+      kOp,
+      params.dtype == kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      x, {kHalf, cuuint64_t(params.num_tokens), columns / kHalf},
+      {kBytes * columns, kBytes * kHalf}, {kHalf, cuuint32_t(tokens), 2},
+      CU_TENSOR_MAP_SWIZZLE_128B, map);
+}
+
+// A map of scales in boxes of `tiles` tiles by `box_groups` groups.
+Status encode_scales(const LowBitWeight& weight, int tiles, int box_groups, CUtensorMap* map) {
+  constexpr cuuint32_t kPairs = kTileRows / 2;
+  const cuuint64_t groups = weight.in_features / weight.group;
+  const cuuint64_t rows = tile_rows(weight);
+  return encode_map(kOp, CU_TENSOR_MAP_DATA_TYPE_UINT32, weight.scales, {groups * kPairs, rows},
+                    {groups * kGroupScaleBytes}, {kPairs * box_groups, cuuint32_t(tiles)},
+                    CU_TENSOR_MAP_SWIZZLE_NONE, map);
+}
+
 // Whether the kernel for one token serves this weight, and how many stages its ring has. With many
 // rows codes of 4 bits come from memory no faster than they are taken apart for it.
 bool plan_one_token(const LowBitLinearParams& params, const Device& device, OneTokenLinear* kernel,
@@ -257,6 +282,69 @@ Status launch_one_token(const LowBitLinearParams& params, const OneTokenLinear& 
   return launch_status(kOp, launch(kernel.kernel, shape, stream, launch_params));
 }
 
+// Whether the kernel for few tokens serves, where its blocks run all at once, and how.
+bool plan_few_tokens(const LowBitLinearParams& params, const Device& device,
+                     FewTokensLinear* kernel, LaunchShape* shape, int* num_stages) {
+  const LowBitWeight& weight = params.weight;
+  const bool is_few = params.num_tokens > 1 && params.num_tokens <= 2 * kFewTokens;
+  if (device.major != 9 || !is_few || weight.bits == 8) return false;
+  *kernel = weight.bits == 2 ? w2_linear_few_tokens(params.dtype, params.num_tokens)
+                             : w4_linear_few_tokens(params.dtype, params.num_tokens);
+  if (!kernel->is_built) return false;
+  const int blocks = (tile_rows(weight) + kernel->tiles - 1) / kernel->tiles;
+  const int k_tiles = tile_columns(weight);
+  if (blocks > device.multiprocessors) return false;
+  const int fixed = kSwizzleBytes + kernel->sum_bytes;
+  const int room = (device.shared_bytes - kStaticBytes - fixed) / kernel->stage_bytes;
+  shape->threads = kernel->threads;
+  shape->overlap = true;
+  for (int ranks = std::min(kMostFewTokensRanks, k_tiles); ranks >= 1; --ranks) {
+    const int own_tiles = (k_tiles + ranks - 1) / ranks;
+    const int steps = (own_tiles + kernel->k_warps - 1) / kernel->k_warps;
+    *num_stages = std::min({room, kMaxStages, steps});
+    if (room < std::min(2, steps)) return false;
+    shape->shared_bytes = std::max(fixed + *num_stages * kernel->stage_bytes, kMoreThanHalf);
+    shape->cluster = ranks;
+    shape->grid = dim3(blocks * ranks);
+    int clusters = 0;
+    const cudaError_t error =
+        count_clusters(kernel->kernel, kernel->threads, shape->shared_bytes, ranks, &clusters);
+    if (error == cudaSuccess && clusters >= blocks) return true;
+  }
+  return false;
+}
+
+Status launch_few_tokens(const LowBitLinearParams& params, const FewTokensLinear& kernel,
+                         const LaunchShape& shape, int num_stages, void* stream) {
+  const LowBitWeight& weight = params.weight;
+  FewTokensParams launch_params{};
+  launch_params.out = params.out;
+  launch_params.num_tokens = params.num_tokens;
+  launch_params.out_features = weight.out_features;
+  launch_params.k_tiles = tile_columns(weight);
+  launch_params.tile_groups = scale_groups(weight);
+  launch_params.group_shift = group_shift(weight);
+  launch_params.zero = weight.zero;
+  launch_params.num_stages = num_stages;
+  const void* x = nullptr;
+  const cudaError_t error = find_x(params, stream, &x);
+  if (error != cudaSuccess) return launch_status(kOp, error);
+  Status status = encode_x(params, x, kernel.max_tokens, &launch_params.x);
+  if (!status.ok()) return status;
+  constexpr cuuint32_t kNumberBytes = 8;
+  const cuuint64_t row_bytes = cuuint64_t(tile_bytes(weight)) * tile_columns(weight);
+  status = encode_map(kOp, CU_TENSOR_MAP_DATA_TYPE_FLOAT64, weight.qweight,
+                      {row_bytes / kNumberBytes, cuuint64_t(tile_rows(weight))}, {row_bytes},
+                      {kBoxBytes / kNumberBytes, cuuint32_t(kernel.tiles)},
+                      CU_TENSOR_MAP_SWIZZLE_NONE, &launch_params.codes);
+  if (!status.ok()) return status;
+  const int stage_groups =
+      weight.group > kTileColumns ? 1 : kernel.k_warps * launch_params.tile_groups;
+  status = encode_scales(weight, kernel.tiles, stage_groups, &launch_params.scales);
+  if (!status.ok()) return status;
+  return launch_status(kOp, launch(kernel.kernel, shape, stream, launch_params));
+}
+
 // Whether the kernels for many tokens serve, and which.
 bool find_hopper(const LowBitLinearParams& params, const Device& device, HopperLinear* kernel) {
   if (device.major != 9 || params.num_tokens <= 2 * kFewTokens) return false;
@@ -270,17 +358,24 @@ bool find_hopper(const LowBitLinearParams& params, const Device& device, HopperL
 // Into how many ranks the columns are split, and how deep the ring is: a block a multiprocessor
 // where its ring then holds half of its columns at least, else two.
 cudaError_t plan_hopper(const HopperLinear& kernel, int blocks, int k_tiles, const Device& device,
-                        LaunchShape* shape, int* stages) {
+                        LaunchShape* shape, HopperLinearParams* params) {
   constexpr int kMostRanks = 8;
   const int stage = kernel.stage_bytes + kernel.scale_bytes;
-  const int fewest = std::max(2, (kernel.sum_bytes + kernel.stage_bytes - 1) / kernel.stage_bytes);
-  const auto plan = [&](int bytes, int most_blocks, int least_bytes) -> cudaError_t {
-    shape->cluster = 1;
-    for (int ranks = std::min({kMostRanks, k_tiles, most_blocks / blocks}); ranks >= 1; --ranks) {
+  const int token_tiles = kernel.max_tokens / 8;
+  const auto plan = [&](int bytes, int most_blocks, int least_bytes, bool apart) -> cudaError_t {
+    const int most = std::min({kMostRanks, k_tiles, most_blocks / blocks});
+    for (int ranks = most; ranks >= 1; --ranks) {
       const int steps = (k_tiles + ranks - 1) / ranks;
-      *stages = std::min({(bytes - kSwizzleBytes) / stage, kMaxHopperStages, steps});
-      *stages = std::max(*stages, fewest);
-      shape->shared_bytes = std::max(kSwizzleBytes + *stages * stage, least_bytes);
+      const bool sends = apart && ranks > 1;
+      const int received =
+          sends ? (token_tiles + ranks - 1) / ranks * (ranks - 1) * kernel.fragment_bytes : 0;
+      const int in_ring = sends ? token_tiles * kernel.fragment_bytes : kernel.sum_bytes;
+      const int beside = kSwizzleBytes + received;
+      const int fewest = std::max(2, (in_ring + kernel.stage_bytes - 1) / kernel.stage_bytes);
+      int& stages = params->num_stages;
+      stages = std::max(fewest, std::min({(bytes - beside) / stage, kMaxHopperStages, steps}));
+      params->sums_at = sends ? stages * stage : 0;
+      shape->shared_bytes = std::max(beside + stages * stage, least_bytes);
       shape->cluster = ranks;
       int clusters = 0;
       const cudaError_t error =
@@ -290,11 +385,11 @@ cudaError_t plan_hopper(const HopperLinear& kernel, int blocks, int k_tiles, con
     return cudaSuccess;
   };
   cudaError_t error =
-      plan(device.shared_bytes - kStaticBytes, device.multiprocessors * 9 / 8, kMoreThanHalf);
+      plan(device.shared_bytes - kStaticBytes, device.multiprocessors * 9 / 8, kMoreThanHalf, true);
   const int steps = (k_tiles + shape->cluster - 1) / shape->cluster;
-  const bool is_whole = blocks <= device.multiprocessors && steps <= 2 * *stages;
+  const bool is_whole = blocks <= device.multiprocessors && steps <= 2 * params->num_stages;
   if (error != cudaSuccess || is_whole) return error;
-  return plan(kHalfBytes, std::max(device.multiprocessors * 17 / 8, blocks), 0);
+  return plan(kHalfBytes, std::max(device.multiprocessors * 17 / 8, blocks), 0, false);
 }
 
 Status launch_hopper(const LowBitLinearParams& params, const HopperLinear& kernel,
@@ -302,7 +397,6 @@ Status launch_hopper(const LowBitLinearParams& params, const HopperLinear& kerne
   const LowBitWeight& weight = params.weight;
   const int k_tiles = tile_columns(weight);
   const cuuint64_t rows = tile_rows(weight);
-  const cuuint64_t groups = weight.in_features / weight.group;
   HopperLinearParams launch_params{};
   launch_params.out = params.out;
   launch_params.num_tokens = params.num_tokens;
@@ -326,26 +420,14 @@ Status launch_hopper(const LowBitLinearParams& params, const HopperLinear& kerne
       weight.qweight, {cuuint64_t{words} * k_tiles, rows}, {cuuint64_t{words} * word * k_tiles},
       {words, tiles}, CU_TENSOR_MAP_SWIZZLE_NONE, &launch_params.codes);
   if (!status.ok()) return status;
-  constexpr cuuint32_t kPairs = kTileRows / 2;
-  status = encode_map(kOp, CU_TENSOR_MAP_DATA_TYPE_UINT32, weight.scales, {groups * kPairs, rows},
-                      {groups * kGroupScaleBytes}, {kPairs * launch_params.tile_groups, tiles},
-                      CU_TENSOR_MAP_SWIZZLE_NONE, &launch_params.scales);
+  status = encode_scales(weight, kernel.tiles, launch_params.tile_groups, &launch_params.scales);
   if (!status.ok()) return status;
-  // Rows of 64 numbers, the most that a swizzle takes: the second half is a third dimension.
-  constexpr cuuint32_t kHalf = kTileColumns / 2;
-  constexpr cuuint64_t kBytes = 2;
-  const cuuint64_t columns = weight.in_features;
-  status = encode_map(
-      kOp,
-      params.dtype == kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      x, {kHalf, cuuint64_t(params.num_tokens), columns / kHalf},
-      {kBytes * columns, kBytes * kHalf}, {kHalf, cuuint32_t(kernel.max_tokens), 2},
-      CU_TENSOR_MAP_SWIZZLE_128B, &launch_params.x);
+  status = encode_x(params, x, kernel.max_tokens, &launch_params.x);
   if (!status.ok()) return status;
 
   LaunchShape shape;
   const int blocks = (static_cast<int>(rows) + kernel.tiles - 1) / kernel.tiles;
-  error = plan_hopper(kernel, blocks, k_tiles, device, &shape, &launch_params.num_stages);
+  error = plan_hopper(kernel, blocks, k_tiles, device, &shape, &launch_params);
   if (error != cudaSuccess) return launch_status(kOp, error);
   shape.grid = dim3(blocks * shape.cluster);
   shape.threads = kernel.threads;
@@ -397,6 +479,11 @@ Status run_low_bit_linear(const LowBitLinearParams& params, void* stream) {
   int stages = 0;
   if (plan_one_token(params, device, &one_token, &stages)) {
     return launch_one_token(params, one_token, stages, stream);
+  }
+  FewTokensLinear few_tokens;
+  LaunchShape few_tokens_shape;
+  if (plan_few_tokens(params, device, &few_tokens, &few_tokens_shape, &stages)) {
+    return launch_few_tokens(params, few_tokens, few_tokens_shape, stages, stream);
   }
   HopperLinear hopper;
   if (find_hopper(params, device, &hopper)) return launch_hopper(params, hopper, device, stream);

@@ -5,8 +5,10 @@
 // One thread copies codes, scales and x, a stage of 128 columns at a time, by tensor maps: x in the
 // order that wgmma reads, straight from where the launch before left it. What a map does not hold
 // (rows beyond the last, tokens beyond the last) arrives as 0. Codes of 32 columns are taken apart
-// while the products of the 32 before them run. Blocks of a cluster split the columns and add up
-// through each other's shared memory in the order of their ranks: the result is deterministic.
+// while the products of the 32 before them run. Blocks of a cluster split the columns. Where
+// there is memory beside the ring each sends its sums to the rank that stores them, else they read
+// each other's in place of the ring. They add up in the order of their ranks: the result is
+// deterministic.
 #pragma once
 
 #include <type_traits>
@@ -33,6 +35,7 @@ struct HopperLinearParams {
   int32_t group_shift;  // columns to groups
   int32_t zero;
   int32_t num_stages;
+  int32_t sums_at;  // in shared memory, for the sums that ranks send each other; 0: none does
 };
 
 // What a launch of one of the kernels below needs to know about it.
@@ -42,9 +45,10 @@ struct HopperLinear {
   int max_tokens;
   int tiles;  // tiles of kTileRows rows a block works on
   int threads;
-  int stage_bytes;  // of the ring, without scales
-  int scale_bytes;  // of a stage
-  int sum_bytes;    // at the end, in place of the ring
+  int stage_bytes;     // of the ring, without scales
+  int scale_bytes;     // of a stage
+  int sum_bytes;       // at the end, in place of the ring
+  int fragment_bytes;  // sums of 8 tokens
 };
 
 // The kernel for `num_tokens`, instantiated in w2_linear.cu, w4_linear.cu and w8_linear.cu.
@@ -77,6 +81,22 @@ __device__ __forceinline__ void copy_box(const CUtensorMap* map, uint32_t target
       : "memory");
 }
 
+// Bytes of this block's shared memory into another's; they complete on a barrier there. This block
+// stays until then.
+__device__ __forceinline__ void copy_to_block(uint32_t target, const void* source, int bytes,
+                                              uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(target),
+      "r"(shared_address(source)), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+// Returns when all of the cluster have come here.
+__device__ __forceinline__ void leave_cluster() {
+  cluster_arrive();
+  cluster_wait();
+}
+
 // d (+)= A B for 64 rows, 16 of them a warp, and twice as many tokens as d has numbers.
 #define MINICPM41_PRODUCT(T, type)                                                                \
   template <>                                                                                     \
@@ -104,6 +124,35 @@ MINICPM41_PRODUCT(__nv_bfloat16, "bf16")
 #undef MINICPM41_PRODUCT
 
 #endif  // MINICPM41_HAS_WGMMA
+
+__device__ __forceinline__ void add(float4& sum, const float4& part) {
+  sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+}
+
+// Stores `scale` times a product's 16 rows by 8 tokens; transposed, a lane has two rows.
+template <typename T>
+__device__ __forceinline__ void store_fragment(T* out, const float4& sum, float scale, int token,
+                                               int num_tokens, int row, int out_features,
+                                               int lane) {
+  const uint32_t pairs[2] = {Pair<T>::pack(sum.x * scale, sum.y * scale),
+                             Pair<T>::pack(sum.z * scale, sum.w * scale)};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t pair;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(pair) : "r"(pairs[half]));
+    const int to_token = token + lane / 4;
+    const int n = row + half * 8 + lane % 4 * 2;
+    if (to_token >= num_tokens || n >= out_features) continue;
+    T* to = out + int64_t{to_token} * out_features + n;
+    if (out_features % 2 == 0) {
+      *reinterpret_cast<uint32_t*>(to) = pair;
+    } else {
+      const T* numbers = reinterpret_cast<const T*>(&pair);
+      to[0] = numbers[0];
+      if (n + 1 < out_features) to[1] = numbers[1];
+    }
+  }
+}
 
 // Products of two pairs of numbers, each rounded to T.
 template <typename T>
@@ -136,7 +185,10 @@ struct HopperShape {
   // Sums lie token by token, padded so that a warp's tokens fall into different banks.
   static constexpr int kSumStride = kRows + 4;
   static constexpr int kSumBytes = kTokens * kSumStride * 4;
+  static constexpr int kTokenTiles = kTokens / 8;
+  static constexpr int kFragmentBytes = kConsumers * 16;  // sums of 8 tokens
   static_assert(kStageBytes % kSwizzleBytes == 0, "x of each stage is swizzled");
+  static_assert(kTokenTiles <= kTiles, "each warp sends those of 8 tokens");
 };
 
 template <typename T, int kBits, int kTokens, int kGroups>
@@ -145,7 +197,7 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kGroups>::kThre
     low_bit_linear_sm90_kernel(const __grid_constant__ HopperLinearParams params) {
 #ifdef MINICPM41_HAS_WGMMA
   using C = HopperShape<T, kBits, kTokens, kGroups>;
-  __shared__ uint64_t full[kMaxHopperStages], empty[kMaxHopperStages];
+  __shared__ uint64_t full[kMaxHopperStages], empty[kMaxHopperStages], received;
   extern __shared__ __align__(128) uint8_t dynamic[];
   uint8_t* const shared = dynamic + (-shared_address(dynamic) & (kSwizzleBytes - 1));
   const uint32_t base = shared_address(shared);
@@ -165,13 +217,19 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kGroups>::kThre
       init_barrier(&full[slot], 1);
       init_barrier(&empty[slot], C::kTiles);
     }
+    init_barrier(&received, 1);
     publish_barriers();
   }
   allow_next_launch();
   __syncthreads();
+  const bool sends_sums = params.sums_at > 0;
+  if (sends_sums) cluster_arrive();
 
   if (warp == C::kConsumers / kWarpSize) {
     if (lane == 0) {
+      prefetch_map(&params.codes);
+      prefetch_map(&params.scales);
+      prefetch_map(&params.x);
       const int scale_bytes = C::kTiles * params.tile_groups * kGroupScaleBytes;
       const auto copy_weights = [&](int slot, int step) {
         const int k_tile = first_k + step;
@@ -199,7 +257,10 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kGroups>::kThre
       }
     }
     __syncwarp();
-    if (ranks > 1) {
+    if (sends_sums) {
+      cluster_wait();
+      leave_cluster();
+    } else if (ranks > 1) {
       meet_cluster();
       meet_cluster();
     }
@@ -281,53 +342,101 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kGroups>::kThre
   }
   add_sum();
 
-  // The ring becomes room for the sums once all warps are through with it.
+  T* const out = static_cast<T*>(params.out);
+  const int row = (first_tile + warp) * kTileRows;
+  const auto sum_of_tile = [&](int tile) {
+    return make_float4(acc[4 * tile], acc[4 * tile + 1], acc[4 * tile + 2], acc[4 * tile + 3]);
+  };
+  if (ranks == 1) {
+#pragma unroll
+    for (int tile = 0; tile < C::kTokenTiles; ++tile) {
+      store_fragment<T>(out, sum_of_tile(tile), Decoder<T, kBits>::kScale, tile * 8,
+                        params.num_tokens, row, params.out_features, lane);
+    }
+    return;
+  }
+  // The ring becomes room for sums once all warps are through with it.
   constexpr int kRingRead = 1;
   sync_named(kRingRead, C::kConsumers);
-  float* const sums = reinterpret_cast<float*>(shared);
-  {
-    const int row = warp * kTileRows + lane / 4;
+  if (!sends_sums) {
+    float* const sums = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) {
       const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      sums[token * C::kSumStride + row + i % 4 / 2 * 8] = acc[i];
+      sums[token * C::kSumStride + warp * kTileRows + lane / 4 + i % 4 / 2 * 8] = acc[i];
     }
-  }
-  if (ranks > 1) {
     meet_cluster();
-  } else {
-    sync_named(kRingRead, C::kConsumers);
-  }
-  // Each rank adds up and stores its share.
-  constexpr int kRun = 4;
-  constexpr int kRuns = C::kRows / kRun;
-  T* const out = static_cast<T*>(params.out);
-  for (int i = rank * C::kConsumers + static_cast<int>(threadIdx.x); i < params.num_tokens * kRuns;
-       i += ranks * C::kConsumers) {
-    const int token = i / kRuns;
-    const int row = i % kRuns * kRun;
-    const float4* own = reinterpret_cast<const float4*>(sums + token * C::kSumStride + row);
-    float v[kRun] = {};
+    // Each rank adds up and stores its share.
+    constexpr int kRun = 4;
+    constexpr int kRuns = C::kRows / kRun;
+    for (int i = rank * C::kConsumers + static_cast<int>(threadIdx.x);
+         i < params.num_tokens * kRuns; i += ranks * C::kConsumers) {
+      const int token = i / kRuns;
+      const int row = i % kRuns * kRun;
+      const float4* own = reinterpret_cast<const float4*>(sums + token * C::kSumStride + row);
+      float v[kRun] = {};
 #pragma unroll 4
-    for (int other = 0; other < ranks; ++other) {
-      const float4 part = ranks > 1 ? *in_block(own, other) : *own;
-      v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
-    }
+      for (int other = 0; other < ranks; ++other) {
+        const float4 part = *in_block(own, other);
+        v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
+      }
 #pragma unroll
-    for (float& number : v) number *= Decoder<T, kBits>::kScale;
-    const int n = first_tile * kTileRows + row;
-    T* to = out + int64_t{token} * params.out_features + n;
-    if (params.out_features % kRun == 0 && n < params.out_features) {
-      *reinterpret_cast<uint2*>(to) =
-          make_uint2(Pair<T>::pack(v[0], v[1]), Pair<T>::pack(v[2], v[3]));
-    } else {
+      for (float& number : v) number *= Decoder<T, kBits>::kScale;
+      const int n = first_tile * kTileRows + row;
+      T* to = out + int64_t{token} * params.out_features + n;
+      if (params.out_features % kRun == 0 && n < params.out_features) {
+        *reinterpret_cast<uint2*>(to) =
+            make_uint2(Pair<T>::pack(v[0], v[1]), Pair<T>::pack(v[2], v[3]));
+      } else {
 #pragma unroll
-      for (int k = 0; k < kRun; ++k) {
-        if (n + k < params.out_features) to[k] = static_cast<T>(v[k]);
+        for (int k = 0; k < kRun; ++k) {
+          if (n + k < params.out_features) to[k] = static_cast<T>(v[k]);
+        }
       }
     }
+    meet_cluster();
+    return;
   }
-  if (ranks > 1) meet_cluster();
+  // Of each rank's sums those of 8 tokens go to one rank, to the same warp and lane there.
+  if (threadIdx.x == 0) {
+    const int tiles = (C::kTokenTiles - rank + ranks - 1) / ranks;
+    arrive_expecting(&received, tiles * (ranks - 1) * C::kFragmentBytes);
+  }
+#pragma unroll
+  for (int tile = 0; tile < C::kTokenTiles; ++tile) {
+    reinterpret_cast<float4*>(shared + tile * C::kFragmentBytes)[threadIdx.x] = sum_of_tile(tile);
+  }
+  publish_writes();
+  sync_named(kRingRead, C::kConsumers);
+  cluster_wait();  // every block of the cluster runs
+  // What rank `from` sends to the one that stores the tile.
+  const auto sum_from = [&](int tile, int owner, int from) {
+    const int place = tile / ranks * (ranks - 1) + from - (from > owner ? 1 : 0);
+    return shared + params.sums_at + place * C::kFragmentBytes;
+  };
+  const int to_rank = warp % ranks;
+  if (warp < C::kTokenTiles && to_rank != rank && lane == 0) {
+    copy_to_block(address_in_block(sum_from(warp, to_rank, rank), to_rank),
+                  shared + warp * C::kFragmentBytes, C::kFragmentBytes,
+                  address_in_block(&received, to_rank));
+  }
+  __syncwarp();
+  wait_phase(&received, 0);
+  cluster_arrive();  // who sent may leave
+  // This runs once: unrolled, its instructions would take longer to come than to run.
+#pragma unroll 1
+  for (int tile = rank; tile < C::kTokenTiles; tile += ranks) {
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+    for (int from = 0; from < ranks; ++from) {
+      const uint8_t* part =
+          from == rank ? shared + tile * C::kFragmentBytes : sum_from(tile, rank, from);
+      add(sum, reinterpret_cast<const float4*>(part)[threadIdx.x]);
+    }
+    store_fragment<T>(out, sum, Decoder<T, kBits>::kScale, tile * 8, params.num_tokens, row,
+                      params.out_features, lane);
+  }
+  cluster_wait();
 #endif
 }
 
@@ -337,8 +446,8 @@ HopperLinear describe_sm90() {
   using C = HopperShape<T, kBits, kTokens, kGroups>;
   const auto kernel = low_bit_linear_sm90_kernel<T, kBits, kTokens, kGroups>;
   static const bool is_built = holds_kernel(kernel);
-  return {kernel,      is_built,       kTokens,        C::kTiles,
-          C::kThreads, C::kStageBytes, C::kScaleBytes, C::kSumBytes};
+  return {kernel,         is_built,       kTokens,      C::kTiles,        C::kThreads,
+          C::kStageBytes, C::kScaleBytes, C::kSumBytes, C::kFragmentBytes};
 }
 
 template <typename T, int kBits>

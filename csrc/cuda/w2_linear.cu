@@ -1,3 +1,4 @@
+#include "low_bit_linear_few_tokens.cuh"
 #include "low_bit_linear_one_token.cuh"
 
 namespace minicpm41 {
@@ -9,6 +10,10 @@ LinearKernel w2_linear_kernel(int32_t dtype, int num_tokens, bool has_many_rows)
 
 HopperLinear w2_linear_sm90(int32_t dtype, int num_tokens) {
   return sm90_kernel_for<2>(dtype, num_tokens);
+}
+
+FewTokensLinear w2_linear_few_tokens(int32_t dtype, int num_tokens) {
+  return few_tokens_kernel_for<2>(dtype, num_tokens);
 }
 
 OneTokenLinear w2_linear_one_token(int32_t dtype) { return one_token_kernel_for<2>(dtype); }
