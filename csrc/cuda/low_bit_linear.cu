@@ -235,51 +235,57 @@ Status encode_scales(const LowBitWeight& weight, int tiles, int box_groups, CUte
                     CU_TENSOR_MAP_SWIZZLE_NONE, map);
 }
 
-// Whether the kernel for one token serves this weight, and how many stages its ring has. With many
-// rows codes of 4 bits come from memory no faster than they are taken apart for it.
+// Whether the kernel for one token serves this weight, and its launch but for x. With many rows
+// codes of 4 bits come from memory no faster than they are taken apart for it.
 bool plan_one_token(const LowBitLinearParams& params, const Device& device, OneTokenLinear* kernel,
-                    int* stages) {
+                    OneTokenParams* launch_params, LaunchShape* shape) {
+  // Of a multiprocessor's shared memory, by a block: two find room, and never three.
+  constexpr int kBlockBytes = 109 * 1024, kLeastBytes = 78 * 1024;
+  // A deeper ring of the next launch takes more of the bandwidth that this one still needs.
+  constexpr int kTwoBitRing = 56 * 1024;
   const LowBitWeight& weight = params.weight;
   if (device.major != 9 || params.num_tokens != 1 || weight.bits == 8) return false;
   if (weight.bits == 4 && has_many_rows(weight, device)) return false;
-  *kernel =
-      weight.bits == 2 ? w2_linear_one_token(params.dtype) : w4_linear_one_token(params.dtype);
+  const int tiles = tile_rows(weight), k_tiles = tile_columns(weight);
+  const int blocks = std::min(tiles, device.multiprocessors);
+  const int share = (tiles + blocks - 1) / blocks;
+  *kernel = weight.bits == 2 ? w2_linear_one_token(params.dtype, share)
+                             : w4_linear_one_token(params.dtype, share);
   if (!kernel->is_built) return false;
-  const int blocks = (tile_rows(weight) + kernel->row_tiles - 1) / kernel->row_tiles;
-  const int room =
-      blocks <= device.multiprocessors ? device.shared_bytes - kStaticBytes : kHalfBytes;
-  *stages = std::min((room - tile_columns(weight) * kernel->x_tile_bytes) / kernel->stage_bytes,
-                     kMaxStages);
-  return *stages >= 2;
+  // A block that works on all its rows at once needs each column once.
+  const int parts =
+      share <= kernel->row_tiles ? 1 : (k_tiles + kernel->part_tiles - 1) / kernel->part_tiles;
+  const int x_bytes = parts * kernel->part_bytes;
+  const int room = std::min(kBlockBytes - x_bytes, weight.bits == 2 ? kTwoBitRing : kBlockBytes);
+  const int stages = std::min(room / kernel->stage_bytes, kMaxStages);
+  if (stages < 2) return false;
+  launch_params->qweight = weight.qweight;
+  launch_params->scales = weight.scales;
+  launch_params->out = params.out;
+  launch_params->out_features = weight.out_features;
+  launch_params->k_tiles = k_tiles;
+  launch_params->groups = weight.in_features / weight.group;
+  launch_params->tile_groups = scale_groups(weight);
+  launch_params->group_shift = group_shift(weight);
+  launch_params->zero = weight.zero;
+  launch_params->num_stages = stages;
+  launch_params->x_parts = parts;
+  shape->grid = dim3(blocks);
+  shape->threads = kernel->threads;
+  shape->shared_bytes = std::max(kLeastBytes, x_bytes + stages * kernel->stage_bytes);
+  shape->overlap = true;
+  return true;
 }
 
-Status launch_one_token(const LowBitLinearParams& params, const OneTokenLinear& kernel, int stages,
-                        void* stream) {
-  const LowBitWeight& weight = params.weight;
-  OneTokenParams launch_params{};
-  launch_params.qweight = weight.qweight;
-  launch_params.scales = weight.scales;
-  launch_params.out = params.out;
-  launch_params.out_features = weight.out_features;
-  launch_params.k_tiles = tile_columns(weight);
-  launch_params.groups = weight.in_features / weight.group;
-  launch_params.tile_groups = scale_groups(weight);
-  launch_params.group_shift = group_shift(weight);
-  launch_params.zero = weight.zero;
-  launch_params.num_stages = stages;
-  LaunchShape shape;
-  shape.threads = kernel.threads;
-  shape.shared_bytes = tile_columns(weight) * kernel.x_tile_bytes + stages * kernel.stage_bytes;
-  shape.overlap = true;
-  int resident = 0;
+Status launch_one_token(const LowBitLinearParams& params, const OneTokenLinear& kernel,
+                        OneTokenParams launch_params, const LaunchShape& shape, void* stream) {
+  int resident = 0;  // not needed; the kernel is readied for this much shared memory
   cudaError_t error = find_x(params, stream, &launch_params.x);
   if (error == cudaSuccess) {
     error = count_clusters(kernel.kernel, kernel.threads, shape.shared_bytes, 1, &resident);
   }
-  if (error != cudaSuccess) return launch_status(kOp, error);
-  const int blocks = (tile_rows(weight) + kernel.row_tiles - 1) / kernel.row_tiles;
-  shape.grid = dim3(std::min(blocks, std::max(1, resident)));
-  return launch_status(kOp, launch(kernel.kernel, shape, stream, launch_params));
+  if (error == cudaSuccess) error = launch(kernel.kernel, shape, stream, launch_params);
+  return launch_status(kOp, error);
 }
 
 // Whether the kernel for few tokens serves, where its blocks run all at once, and how.
@@ -476,10 +482,12 @@ Status run_low_bit_linear(const LowBitLinearParams& params, void* stream) {
   if (!check.ok()) return check.status();
 
   OneTokenLinear one_token;
-  int stages = 0;
-  if (plan_one_token(params, device, &one_token, &stages)) {
-    return launch_one_token(params, one_token, stages, stream);
+  OneTokenParams one_token_params{};
+  LaunchShape one_token_shape;
+  if (plan_one_token(params, device, &one_token, &one_token_params, &one_token_shape)) {
+    return launch_one_token(params, one_token, one_token_params, one_token_shape, stream);
   }
+  int stages = 0;
   FewTokensLinear few_tokens;
   LaunchShape few_tokens_shape;
   if (plan_few_tokens(params, device, &few_tokens, &few_tokens_shape, &stages)) {

@@ -4,9 +4,14 @@
 // A mask leaves four codes of a word in place, one a byte, as operand A of mma.m16n8k32: a code in
 // higher places of its byte counts 4 or 16 times as much, which x makes good. x becomes integers of
 // 23 bits, a power of two a group of 64 columns, and these three digits of 8 bits, which take three
-// of the eight columns of operand B. A group's sums leave the product as fp32: the accumulator
-// starts from bits that, read as a float, have a last place of 1. What the zero point adds is the
-// sum of x over the group.
+// of the eight columns of operand B; the digits of the group beside it take three more, with 0
+// where the codes are not theirs, so that one accumulator sums two groups. The sums leave the
+// product as fp32: the accumulator starts from bits that, read as a float, have a last place of 1,
+// less what the zero point adds, which is the sum of x over the group.
+//
+// Every launch has one block a multiprocessor and every multiprocessor room for two blocks: the
+// blocks of the next launch settle one beside each of this launch and fill their rings meanwhile.
+// After the wait for the launch before there remain x, its digits and the products.
 #pragma once
 
 #include "low_bit_linear_sm90.cuh"
@@ -26,40 +31,47 @@ struct OneTokenParams {
   int32_t group_shift;  // columns to groups
   int32_t zero;
   int32_t num_stages;
+  int32_t x_parts;  // of kPartTiles tiles of columns a warp: that are kept as digits at a time
 };
 
 // What a launch of one of the kernels below needs to know about it.
 struct OneTokenLinear {
   void (*kernel)(OneTokenParams);
   bool is_built;  // false: compiled for other devices only
-  int row_tiles;  // a block works on at a time
+  int row_tiles;  // of a stage
   int threads;
-  int stage_bytes;   // codes and scales
-  int x_tile_bytes;  // for each tile of columns
+  int stage_bytes;  // codes and scales
+  int part_tiles;   // of columns that are split at a time
+  int part_bytes;   // as digits
 };
 
-// Instantiated in w2_linear.cu and w4_linear.cu.
-OneTokenLinear w2_linear_one_token(int32_t dtype);
-OneTokenLinear w4_linear_one_token(int32_t dtype);
+// Instantiated in w2_linear.cu and w4_linear.cu; `share`: tiles of rows that a block takes at most.
+OneTokenLinear w2_linear_one_token(int32_t dtype, int share);
+OneTokenLinear w4_linear_one_token(int32_t dtype, int share);
 
 namespace {
 
 constexpr int kDigits = 3;
-constexpr int kXGroup = 64;        // columns that share a power of two
-constexpr int kXGroupBytes = 208;  // kDigits rows of 64 bytes, padded against bank conflicts
-constexpr int kFactorBytes = 32;   // two float4
-constexpr int kXTileBytes = kTileColumns / kXGroup * (kXGroupBytes + kFactorBytes);
+constexpr int kXGroup = 64;                   // columns that share a power of two
+constexpr int kXGroupBytes = 192;             // kDigits rows of 64 bytes
+constexpr int kFactorsAt = 2 * kXGroupBytes;  // of a tile of columns
+constexpr int kFactorBytes = 16;
+constexpr int kXTileBytes = 432;  // a warp's four tiles fall into different banks
+constexpr int kPartTiles = 4;     // of columns a warp splits at a time
 
-// kRowTiles tiles of rows by kKWarps tiles of columns a stage, each a warp's.
-template <int kBits, int kRowTiles, int kKWarps>
+// A stage: kRowTiles tiles of rows by kWarpTiles tiles of columns a warp. Products of two tiles are
+// independent and hide each other's latency; codes of 4 bits want smaller stages.
+template <int kBits, int kRowTiles>
 struct OneTokenShape {
-  static constexpr int kWarps = kRowTiles * kKWarps;
-  static constexpr int kConsumers = kWarps * kWarpSize;
+  static constexpr int kKWarps = 8;
+  static constexpr int kWarpTiles = kBits == 2 && kRowTiles == 2 ? 2 : 1;
+  static constexpr int kConsumers = kKWarps * kWarpSize;
   static constexpr int kThreads = kConsumers + kWarpSize;
   static constexpr int kRows = kRowTiles * kTileRows;
   static constexpr int kTileBytes = kTileRows * kTileColumns / 8 * kBits;
-  static constexpr int kRunBytes = kKWarps * kTileBytes;
-  static constexpr int kScaleRunBytes = kKWarps * kMaxGroupsPerTile * kGroupScaleBytes;
+  static constexpr int kColumnTiles = kWarpTiles * kKWarps;
+  static constexpr int kRunBytes = kColumnTiles * kTileBytes;
+  static constexpr int kScaleRunBytes = kColumnTiles * kMaxGroupsPerTile * kGroupScaleBytes;
   static constexpr int kStageBytes = kRowTiles * (kRunBytes + kScaleRunBytes);
 };
 // How many places to the left of a byte's last the codes of a word of operand B's order stand.
@@ -73,157 +85,194 @@ __host__ __device__ constexpr int places(int word) {
 constexpr uint32_t kWholeBits = 0x4b400000u;  // 1.5 * 2^23: a last place of 1
 constexpr float kWhole = 12582912.0f;
 
-// d = A B + c, A of unsigned, B of signed bytes.
+// d += A B, A of unsigned, B of signed bytes.
 __device__ __forceinline__ void mma_16x8x32(uint32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                            uint32_t b1, const uint32_t (&c)[4]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%10,%11,%12,%13};"
-      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]),
-        "r"(c[2]), "r"(c[3]));
+                                            uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// A lane's codes of 64 columns as operand A of two products.
+// Keeps the compiler from working an address out anew wherever it is used.
+__device__ __forceinline__ void pin(uint32_t& address) { asm volatile("" : "+r"(address)); }
+__device__ __forceinline__ uint32_t load_word(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint4 load_chunk(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+// A lane's codes of a tile; those of 64 columns as operand A of two products.
 template <int kBits>
 struct Bytes;
 template <>
 struct Bytes<2> {
-  static __device__ __forceinline__ void load(const uint8_t* codes, int half, uint32_t (&a)[2][4]) {
-    const uint2 words = cuda::load<uint2>(codes + half * 8);
+  uint4 words;
+  __device__ __forceinline__ void load(uint32_t tile) { words = load_chunk(tile); }
+  __device__ __forceinline__ void take(int half, uint32_t (&a)[2][4]) const {
+    const uint32_t low = half == 0 ? words.x : words.z;
+    const uint32_t high = half == 0 ? words.y : words.w;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t mask = 0x03030303u << (2 * i);
-      a[i / 2][i % 2 * 2] = words.x & mask;
-      a[i / 2][i % 2 * 2 + 1] = words.y & mask;
+      a[i / 2][i % 2 * 2] = low & mask;
+      a[i / 2][i % 2 * 2 + 1] = high & mask;
     }
   }
 };
 template <>
 struct Bytes<4> {
-  static __device__ __forceinline__ void load(const uint8_t* codes, int half, uint32_t (&a)[2][4]) {
-    const uint4 chunk = cuda::load<uint4>(codes + half * kWarpSize * 16);
-    const uint32_t words[2][2] = {{chunk.x, chunk.y}, {chunk.z, chunk.w}};
+  uint4 words[2];
+  __device__ __forceinline__ void load(uint32_t tile) {
+    words[0] = load_chunk(tile);
+    words[1] = load_chunk(tile + kWarpSize * 16);
+  }
+  __device__ __forceinline__ void take(int half, uint32_t (&a)[2][4]) const {
+    const uint4 chunk = words[half];
+    const uint32_t pairs[2][2] = {{chunk.x, chunk.y}, {chunk.z, chunk.w}};
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        a[block][i] = words[block][i % 2] & (i < 2 ? 0x0f0f0f0fu : 0xf0f0f0f0u);
+        a[block][i] = pairs[block][i % 2] & (i < 2 ? 0x0f0f0f0fu : 0xf0f0f0f0u);
       }
     }
   }
 };
-// 16 columns of a group of 64, those that word `word` of each lane's operand B holds, as digits;
-// four neighbouring lanes do a group. `factors`: what a unit of digit 0, 1 (first float4) and 2
-// counts, each with what the zero point adds.
+
+// The larger of each of two pairs of 16-bit integers. Bits of floating-point numbers without signs
+// order as these do, NaN above all.
+__device__ __forceinline__ uint32_t larger_pairs(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
+// Word `word` of each lane's operand B holds two runs of 8 columns of a group by turns.
+struct Runs {
+  uint4 chunks[2];
+};
+template <int kBits>
+__device__ __forceinline__ int run_start(int word) {
+  return kBits == 2 ? 8 * word : 32 * (word / 2) + 8 * (word % 2);
+}
+template <int kBits>
+constexpr int kRunsApart = kBits == 2 ? 32 : 16;
+
+// Makes digits of these; four neighbouring lanes do a group. `factors`: where the sums of the first
+// and of the last digit start, and what a unit of the last one counts.
 template <typename T, int kBits>
-__device__ __forceinline__ void split_x(const T* x, int word, float zero, uint8_t* digits,
-                                        float4* factors) {
-  // Two runs of 8 columns, by turns in a word's bytes.
-  const int run = kBits == 2 ? 8 * word : 32 * (word / 2) + 8 * (word % 2);
-  constexpr int kApart = kBits == 2 ? 32 : 16;
-  float v[2][8];
-  float largest = 0.0f;
-  bool is_finite = true;
+__device__ __forceinline__ void split_x(const Runs& x, int word, int zero, bool stores,
+                                        uint8_t* digits, uint8_t* factors) {
+  constexpr uint32_t kNoSigns = 0x7fff7fffu;
+  const uint32_t words[2][4] = {{x.chunks[0].x, x.chunks[0].y, x.chunks[0].z, x.chunks[0].w},
+                                {x.chunks[1].x, x.chunks[1].y, x.chunks[1].z, x.chunks[1].w}};
+  uint32_t pair = 0;
 #pragma unroll
-  for (int s = 0; s < 2; ++s) {
-    const uint4 chunk = *reinterpret_cast<const uint4*>(x + run + s * kApart);
-    const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = Pair<T>::unpack(words[i]);
-      v[s][2 * i] = pair.x, v[s][2 * i + 1] = pair.y;
-      largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y)));
-      // NaN would be lost in the maximum.
-      is_finite = is_finite && fabsf(pair.x) <= 3.4e38f && fabsf(pair.y) <= 3.4e38f;
-    }
+  for (int t = 0; t < 4; ++t) {
+    pair = larger_pairs(pair, larger_pairs(words[0][t] & kNoSigns, words[1][t] & kNoSigns));
   }
-  if (!is_finite) largest = __uint_as_float(0x7f800000u);
-  largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
-  largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    pair = larger_pairs(pair, __shfl_xor_sync(kAllLanes, pair, step));
+  }
+  const float largest = Pair<T>::unpack(larger_pairs(pair, pair >> 16)).x;
   // The largest becomes less than 2^22: numbers of less than 2^-103 count as such.
   const int exponent = max(static_cast<int>(__float_as_uint(largest) >> 23), 24);
   const float scale =
       __uint_as_float(static_cast<uint32_t>(275 - exponent - places<kBits>(word)) << 23);
-  int sums[kDigits] = {};
+  int sum = 0;
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     uint32_t d[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t whole = __float2int_rn(v[i % 2][2 * t + i / 2] * scale);
-      d[i] = (whole + 0x808080u) ^ 0x808080u;  // signed digits, the lowest first
+    for (int s = 0; s < 2; ++s) {
+      const float2 v = Pair<T>::unpack(words[s][t]);
+      // A sum whose last place is 1 ends with the rounded product.
+      d[s] = __float_as_uint(fmaf(v.x, scale, kWhole)) - kWholeBits + 0x808080u;
+      d[2 + s] = __float_as_uint(fmaf(v.y, scale, kWhole)) - kWholeBits + 0x808080u;
     }
+    // With 128 more in each digit the signed ones can be cut out as bytes.
+    sum += static_cast<int>(d[0] + d[1] + d[2] + d[3]);
     const uint32_t low01 = __byte_perm(d[0], d[1], 0x5140), low23 = __byte_perm(d[2], d[3], 0x5140);
     const uint32_t high01 = __byte_perm(d[0], d[1], 0x0062),
                    high23 = __byte_perm(d[2], d[3], 0x0062);
-    const uint32_t by_digit[kDigits] = {__byte_perm(high01, high23, 0x5410),
-                                        __byte_perm(low01, low23, 0x7632),
-                                        __byte_perm(low01, low23, 0x5410)};
+    const uint32_t by_digit[kDigits] = {__byte_perm(high01, high23, 0x5410) ^ 0x80808080u,
+                                        __byte_perm(low01, low23, 0x7632) ^ 0x80808080u,
+                                        __byte_perm(low01, low23, 0x5410) ^ 0x80808080u};
+    if (stores) {
 #pragma unroll
-    for (int n = 0; n < kDigits; ++n) {
-      *reinterpret_cast<uint32_t*>(digits + n * 64 + t * 16 + word * 4) = by_digit[n];
-      sums[n] = __dp4a(static_cast<int>(by_digit[n]), 0x01010101, sums[n]);
+      for (int n = 0; n < kDigits; ++n) {
+        *reinterpret_cast<uint32_t*>(digits + n * kXGroup + t * 16 + word * 4) = by_digit[n];
+      }
     }
   }
-  float unit = __uint_as_float(static_cast<uint32_t>(exponent - 21) << 23);
-  if (exponent == 255) unit = __uint_as_float(0x7fc00000u);  // NaN, as some x is not finite
-  float2 pairs[kDigits];
+  sum = (sum - 16 * 0x808080) << places<kBits>(word);
 #pragma unroll
-  for (int n = 0; n < kDigits; ++n) {
-    int sum = sums[n] << places<kBits>(word);
-    sum += __shfl_xor_sync(kAllLanes, sum, 1);
-    sum += __shfl_xor_sync(kAllLanes, sum, 2);
-    const float counts = unit * (n == 0 ? 65536.0f : n == 1 ? 256.0f : 1.0f);
-    pairs[n] = make_float2(counts, -zero * static_cast<float>(sum) * counts);
+  for (int step = 1; step < 4; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+  // What the zero point adds, in halves: the part that counts for the first digit, and the rest.
+  const int first = zero * (sum >> 16);
+  const int rest = zero * (sum & 0xffff) + (first & 1) * 0x10000;
+  // NaN where some x is not finite.
+  const uint32_t unit = exponent == 255 ? 0x7fc00000u : static_cast<uint32_t>(exponent - 21) << 23;
+  if (stores && word == 0) {
+    *reinterpret_cast<uint4*>(factors) =
+        make_uint4(kWholeBits - (first >> 1), kWholeBits - (rest >> 1), unit, 0);
   }
-  if (word == 0) factors[0] = make_float4(pairs[0].x, pairs[0].y, pairs[1].x, pairs[1].y);
-  if (word == 1) factors[1] = make_float4(pairs[2].x, pairs[2].y, 0.0f, 0.0f);
 }
 
 #endif  // MINICPM41_HAS_WGMMA
 
-template <typename T, int kBits, int kRowTiles, int kKWarps>
-__global__ void __launch_bounds__(OneTokenShape<kBits, kRowTiles, kKWarps>::kThreads, 2)
+template <typename T, int kBits, int kRowTiles>
+__global__ void __launch_bounds__(OneTokenShape<kBits, kRowTiles>::kThreads, 2)
     low_bit_linear_one_token_kernel(const OneTokenParams params) {
 #ifdef MINICPM41_HAS_WGMMA
-  using C = OneTokenShape<kBits, kRowTiles, kKWarps>;
+  using C = OneTokenShape<kBits, kRowTiles>;
+  constexpr int kKWarps = C::kKWarps, kColumnTiles = C::kColumnTiles;
   __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
-  __shared__ float sums[2][kKWarps][C::kRows];
+  __shared__ uint4 no_digits;
+  __shared__ float sums[2][C::kRows][kKWarps + 1];
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t base = shared_address(shared);
   const int num_stages = params.num_stages;
   const int k_tiles = params.k_tiles;
-  uint8_t* const factors = shared + num_stages * C::kStageBytes;
-  uint8_t* const digits = factors + k_tiles * (kTileColumns / kXGroup * kFactorBytes);
+  uint8_t* const digits = shared + num_stages * C::kStageBytes;
 
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
-  const int steps = (k_tiles + kKWarps - 1) / kKWarps;
+  // Even shares: no block has more than one tile of rows more than another.
   const int row_tiles = (params.out_features + kTileRows - 1) / kTileRows;
-  const int blocks = (row_tiles + kRowTiles - 1) / kRowTiles;
+  const int first_tile = static_cast<int>(int64_t{row_tiles} * blockIdx.x / gridDim.x);
+  const int last_tile = static_cast<int>(int64_t{row_tiles} * (blockIdx.x + 1) / gridDim.x);
 
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < num_stages; ++slot) {
       init_barrier(&full[slot], 1);
-      init_barrier(&empty[slot], C::kWarps);
+      init_barrier(&empty[slot], kKWarps);
     }
+    no_digits = make_uint4(0, 0, 0, 0);
     publish_barriers();
   }
   allow_next_launch();
   __syncthreads();
 
-  if (warp == C::kWarps) {
+  if (warp == kKWarps) {
     // No earlier launch writes weights: they need not wait for its end.
     int slot = 0;
     uint32_t parity = 1;  // the phase before the first has ended
-    for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
-      const int tile = block * kRowTiles;
-      const int tiles = min(kRowTiles, row_tiles - tile);
-      for (int step = 0; step < steps; ++step) {
+    for (int tile = first_tile; tile < last_tile; tile += kRowTiles) {
+      const int tiles = min(kRowTiles, last_tile - tile);
+      for (int k_tile = 0; k_tile < k_tiles; k_tile += kColumnTiles) {
         wait_phase(shared_address(&empty[slot]), parity);
-        const int k_tile = step * kKWarps;
-        const int count = min(kKWarps, k_tiles - k_tile);
+        const int count = min(kColumnTiles, k_tiles - k_tile);
         const int first_group = (k_tile * kTileColumns) >> params.group_shift;
         const int group_bytes =
             (params.group_shift > 7 ? 1 : count * params.tile_groups) * kGroupScaleBytes;
@@ -242,84 +291,143 @@ __global__ void __launch_bounds__(OneTokenShape<kBits, kRowTiles, kKWarps>::kThr
     return;
   }
 
+  // Each warp splits the columns that it will multiply, a tile by eight lanes.
+  const int word = lane % 4, half = lane / 4 % 2, part_tile = lane / 8;
+  const T* const x = static_cast<const T*>(params.x) + half * kXGroup + run_start<kBits>(word);
+  const auto load_runs = [&](int first_k) {
+    // Beyond the last tile that one is loaded once more, for nothing.
+    const T* at = x + min(first_k + part_tile * kKWarps + warp, k_tiles - 1) * kTileColumns;
+    return Runs{{*reinterpret_cast<const uint4*>(at),
+                 *reinterpret_cast<const uint4*>(at + kRunsApart<kBits>)}};
+  };
   wait_for_previous_launch();
-  constexpr int kUnits = kTileColumns / 16;
-  const T* x = static_cast<const T*>(params.x);
-  const float zero = 0.5f * static_cast<float>(params.zero);
-  const int units = k_tiles * kUnits;
-  for (int unit = threadIdx.x; unit < (units + kWarpSize - 1) / kWarpSize * kWarpSize;
-       unit += C::kConsumers) {
-    // Whole warps take part; what lies beyond the end is done again.
-    const int group = min(unit / 4, units / 4 - 1);
-    split_x<T, kBits>(x + group * kXGroup, unit % 4, zero, digits + group * kXGroupBytes,
-                      reinterpret_cast<float4*>(factors + group * kFactorBytes));
-  }
-  constexpr int kXReady = 1;
-  sync_named(kXReady, C::kConsumers);
+  Runs runs = load_runs(0);
 
-  const int row_warp = warp / kKWarps;
-  const int k_warp = warp % kKWarps;
-  const uint8_t* const own_codes = shared + warp * C::kTileBytes + lane * 16;
-  const int own_group = params.group_shift > 7 ? 0 : k_warp * params.tile_groups;
-  const uint8_t* const own_scales = shared + kRowTiles * C::kRunBytes +
-                                    row_warp * C::kScaleRunBytes + own_group * kGroupScaleBytes +
-                                    lane / 4 * 4;
-  const int second_group = (params.tile_groups - 1) * kGroupScaleBytes;
-  // Columns of operand B beyond the digits repeat the last; what they yield is not used.
-  const uint8_t* const own_digits =
-      digits + k_warp * 2 * kXGroupBytes + min(lane / 4, kDigits - 1) * 64 + lane % 4 * 16;
-  const uint8_t* const own_factors = factors + k_warp * 2 * kFactorBytes + min(lane % 4, 1) * 16;
-  const uint32_t whole[4] = {kWholeBits, kWholeBits, kWholeBits, kWholeBits};
+  const int own_group = params.group_shift > 7 ? 0 : warp * params.tile_groups;
+  // Columns 0 to 2 of operand B are the digits of a tile's first group, 4 to 6 of its second, and 3
+  // and 7 repeat what is before them: what these yield is not used. Of the results a lane has two
+  // columns, so one group.
+  const int column = lane / 4;
+  const int group_of_b = column / 4, group_of_sums = lane % 4 / 2;
+  const bool has_last = lane % 2 == 1;  // digit, or else the first two
+  uint32_t own_codes = base + warp * C::kTileBytes + lane * 16;
+  uint32_t own_scales = base + kRowTiles * C::kRunBytes + lane / 4 * 4 +
+                        (own_group + group_of_sums * (params.tile_groups - 1)) * kGroupScaleBytes;
+  // A warp's tiles of a part lie side by side.
+  const uint32_t own_x = shared_address(digits) + warp * kPartTiles * kXTileBytes;
+  uint32_t own_digits =
+      own_x + group_of_b * kXGroupBytes + min(column % 4, kDigits - 1) * kXGroup + lane % 4 * 16;
+  uint32_t own_factors = own_x + kFactorsAt + group_of_sums * kFactorBytes;
+  const uint32_t nothing = shared_address(&no_digits);
+  uint32_t first_full = shared_address(full), first_empty = shared_address(empty);
+  pin(own_codes), pin(own_scales), pin(own_digits), pin(own_factors);
+  pin(first_full), pin(first_empty);
+  const int second_scales =
+      params.group_shift > 7 ? 0 : kKWarps * params.tile_groups * kGroupScaleBytes;
+  constexpr int kSumsReady = 1;
   int slot = 0, turn = 0;
   uint32_t parity = 0;
-  for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
-    float acc[4] = {};
-    for (int step = 0; step < steps; ++step) {
-      wait_phase(&full[slot], parity);
-      if (step * kKWarps + k_warp < k_tiles) {
-        const uint8_t* codes = own_codes + slot * C::kStageBytes;
-        const uint8_t* pairs = own_scales + slot * C::kStageBytes;
-        const uint8_t* b_at = own_digits + step * (kKWarps * 2 * kXGroupBytes);
-        const uint8_t* factor_at = own_factors + step * (kKWarps * 2 * kFactorBytes);
+  for (int tile = first_tile; tile < last_tile; tile += kRowTiles) {
+    const int tiles = min(kRowTiles, last_tile - tile);
+    float acc[kRowTiles][4] = {};
+    int part = 0, of_part = 0;
+    for (int first_k = 0; first_k < k_tiles; first_k += kColumnTiles) {
+      const int part_at = part * kKWarps * kPartTiles * kXTileBytes;
+      if (tile == first_tile && of_part == 0) {
+        uint8_t* const target = digits + part_at + (warp * kPartTiles + part_tile) * kXTileBytes;
+        split_x<T, kBits>(runs, word, params.zero, first_k + part_tile * kKWarps + warp < k_tiles,
+                          target + half * kXGroupBytes, target + kFactorsAt + half * kFactorBytes);
+        const int next = first_k + kPartTiles * kKWarps;
+        if (next < k_tiles) runs = load_runs(next);
+        __syncwarp();
+      }
+      wait_phase(first_full + slot * 8, parity);
+      if (first_k + warp < k_tiles) {
+        // Where there are fewer tiles the rest is whatever lies there; it is not used.
+        const bool has_both = first_k + kKWarps + warp < k_tiles;
+        const int stage = slot * C::kStageBytes, x_at = part_at + of_part * kXTileBytes;
+        uint4 b[2][C::kWarpTiles];  // by groups
+        float units[C::kWarpTiles];
+        Bytes<kBits> codes[C::kWarpTiles][kRowTiles];
+        uint32_t d[C::kWarpTiles][kRowTiles][4], scales[C::kWarpTiles][kRowTiles];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t a[2][4], d[4];
-          Bytes<kBits>::load(codes, half, a);
-          const uint4 b = load<uint4>(b_at + half * kXGroupBytes);
-          const float4 factor = load<float4>(factor_at + half * kFactorBytes);
-          const float2 scale =
-              Pair<__nv_bfloat16>::unpack(load<uint32_t>(pairs + half * second_group));
-          mma_16x8x32(d, a[0], b.x, b.y, whole);
-          mma_16x8x32(d, a[1], b.z, b.w, d);
+        for (int i = 0; i < C::kWarpTiles; ++i) {
+          const uint32_t digits_at = own_digits + x_at + i * kXTileBytes;
+          b[0][i] = load_chunk(group_of_b == 0 ? digits_at : nothing);
+          b[1][i] = load_chunk(group_of_b == 1 ? digits_at : nothing);
+          const uint4 factor = load_chunk(own_factors + x_at + i * kXTileBytes);
+          units[i] = __uint_as_float(factor.z);
+          const uint32_t start = has_last ? factor.y : factor.x;
 #pragma unroll
-          for (int n = 0; n < 4; ++n) {
-            const float sum = __uint_as_float(d[n]) - kWhole;
-            const float part =
-                n % 2 ? fmaf(sum, factor.z, factor.w) : fmaf(sum, factor.x, factor.y);
-            acc[n] = fmaf(part, n < 2 ? scale.x : scale.y, acc[n]);
+          for (int r = 0; r < kRowTiles; ++r) {
+            codes[i][r].load(own_codes + stage + r * C::kRunBytes + i * kKWarps * C::kTileBytes);
+            scales[i][r] =
+                load_word(own_scales + stage + r * C::kScaleRunBytes + i * second_scales);
+#pragma unroll
+            for (int n = 0; n < 4; ++n) d[i][r][n] = n % 2 == 0 ? start : kWholeBits;
+          }
+        }
+#pragma unroll
+        for (int group = 0; group < 2; ++group) {
+#pragma unroll
+          for (int word_pair = 0; word_pair < 2; ++word_pair) {
+#pragma unroll
+            for (int i = 0; i < C::kWarpTiles; ++i) {
+              const uint4 own = b[group][i];
+#pragma unroll
+              for (int r = 0; r < kRowTiles; ++r) {
+                uint32_t a[2][4];
+                codes[i][r].take(group, a);
+                mma_16x8x32(d[i][r], a[word_pair], word_pair == 0 ? own.x : own.z,
+                            word_pair == 0 ? own.y : own.w);
+              }
+            }
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < C::kWarpTiles; ++i) {
+          if (i == 0 || has_both) {
+#pragma unroll
+            for (int r = 0; r < kRowTiles; ++r) {
+              const float2 scale = Pair<__nv_bfloat16>::unpack(scales[i][r]);
+              const float by_row[2] = {scale.x * units[i], scale.y * units[i]};
+#pragma unroll
+              for (int n = 0; n < 4; ++n) {
+                acc[r][n] = fmaf(__uint_as_float(d[i][r][n]) - kWhole, by_row[n / 2], acc[r][n]);
+              }
+            }
           }
         }
       }
+      of_part += C::kWarpTiles;
+      if (of_part == kPartTiles) {
+        of_part = 0;
+        if (++part == params.x_parts) part = 0;
+      }
       __syncwarp();
-      if (lane == 0) arrive(&empty[slot]);
+      if (lane == 0) arrive(first_empty + slot * 8);
       if (++slot == num_stages) slot = 0, parity ^= 1;
     }
+    // What a unit of the lane's digits counts.
+    const float first = has_last ? 1.0f : 65536.0f, next = has_last ? 0.0f : 256.0f;
 #pragma unroll
-    for (int row_half = 0; row_half < 2; ++row_half) {
-      float sum = acc[2 * row_half] + acc[2 * row_half + 1];
-      sum += __shfl_xor_sync(kAllLanes, sum, 1);
-      if (lane % 4 == 0) {
-        sums[turn][k_warp][row_warp * kTileRows + row_half * 8 + lane / 4] = sum;
-      }
+    for (int r = 0; r < kRowTiles; ++r) {
+      const float upper = fmaf(acc[r][0], first, acc[r][1] * next);
+      const float lower = fmaf(acc[r][2], first, acc[r][3] * next);
+      // Even lanes add up row lane / 4, odd ones the row eight below.
+      float sum = has_last ? lower : upper;
+      sum += __shfl_xor_sync(kAllLanes, has_last ? upper : lower, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      if (lane % 4 < 2) sums[turn][r * kTileRows + lane % 2 * 8 + lane / 4][warp] = sum;
     }
     // Two sets of sums in turn: who is a block ahead waits here for those who still read.
-    sync_named(kXReady, C::kConsumers);
+    sync_named(kSumsReady, C::kConsumers);
     const int row = threadIdx.x;
-    const int n = block * C::kRows + row;
-    if (row < C::kRows && n < params.out_features) {
+    const int n = tile * kTileRows + row;
+    if (row < tiles * kTileRows && n < params.out_features) {
       float sum = 0.0f;
 #pragma unroll
-      for (int k = 0; k < kKWarps; ++k) sum += sums[turn][k][row];
+      for (int k = 0; k < kKWarps; ++k) sum += sums[turn][row][k];
       static_cast<T*>(params.out)[n] = static_cast<T>(sum);
     }
     turn ^= 1;
@@ -327,19 +435,25 @@ __global__ void __launch_bounds__(OneTokenShape<kBits, kRowTiles, kKWarps>::kThr
 #endif
 }
 
-template <typename T, int kBits>
+template <typename T, int kBits, int kRowTiles>
 OneTokenLinear describe_one_token() {
-  constexpr int kRowTiles = 2, kKWarps = 8;
-  using C = OneTokenShape<kBits, kRowTiles, kKWarps>;
-  const auto kernel = low_bit_linear_one_token_kernel<T, kBits, kRowTiles, kKWarps>;
+  using C = OneTokenShape<kBits, kRowTiles>;
+  const auto kernel = low_bit_linear_one_token_kernel<T, kBits, kRowTiles>;
   static const bool is_built = holds_kernel(kernel);
-  return {kernel, is_built, kRowTiles, C::kThreads, C::kStageBytes, kXTileBytes};
+  constexpr int kTiles = kPartTiles * C::kKWarps;
+  return {kernel, is_built, kRowTiles, C::kThreads, C::kStageBytes, kTiles, kTiles * kXTileBytes};
+}
+
+// Three tiles in one round cost less than two and then one.
+template <typename T, int kBits>
+OneTokenLinear one_token_kernel_for(int share) {
+  return share == 3 ? describe_one_token<T, kBits, 3>() : describe_one_token<T, kBits, 2>();
 }
 
 template <int kBits>
-OneTokenLinear one_token_kernel_for(int32_t dtype) {
-  return dtype == kFloat16 ? describe_one_token<__half, kBits>()
-                           : describe_one_token<__nv_bfloat16, kBits>();
+OneTokenLinear one_token_kernel_for(int32_t dtype, int share) {
+  return dtype == kFloat16 ? one_token_kernel_for<__half, kBits>(share)
+                           : one_token_kernel_for<__nv_bfloat16, kBits>(share);
 }
 
 }  // namespace

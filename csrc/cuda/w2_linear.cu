@@ -16,7 +16,9 @@ FewTokensLinear w2_linear_few_tokens(int32_t dtype, int num_tokens) {
   return few_tokens_kernel_for<2>(dtype, num_tokens);
 }
 
-OneTokenLinear w2_linear_one_token(int32_t dtype) { return one_token_kernel_for<2>(dtype); }
+OneTokenLinear w2_linear_one_token(int32_t dtype, int share) {
+  return one_token_kernel_for<2>(dtype, share);
+}
 
 }  // namespace cuda
 }  // namespace minicpm41

@@ -16,7 +16,9 @@ FewTokensLinear w4_linear_few_tokens(int32_t dtype, int num_tokens) {
   return few_tokens_kernel_for<4>(dtype, num_tokens);
 }
 
-OneTokenLinear w4_linear_one_token(int32_t dtype) { return one_token_kernel_for<4>(dtype); }
+OneTokenLinear w4_linear_one_token(int32_t dtype, int share) {
+  return one_token_kernel_for<4>(dtype, share);
+}
 
 }  // namespace cuda
 }  // namespace minicpm41

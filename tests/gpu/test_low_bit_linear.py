@@ -90,6 +90,22 @@ def test_the_models_own_shapes(fmt: LowBitFormat, shape: tuple[int, int]) -> Non
         assert_product(linear, x, linear(x))
 
 
+@pytest.mark.parametrize("fmt", [W2, FORMATS[1], W4], ids=str)
+def test_one_token_by_shares_of_rows(fmt: LowBitFormat) -> None:
+    """One to five tiles of rows a multiprocessor, the last one not full, and columns whose last
+    stage is not."""
+    torch.manual_seed(0)
+    tiles = torch.cuda.get_device_properties(0).multi_processor_count
+    for share in range(1, 6):
+        linear = LowBitLinear.random(fmt, share * tiles * 16 - 8, 1152)
+        x = torch.randn(1, 1152, dtype=torch.bfloat16, device="cuda")
+        # Groups far apart in size; what is not finite comes out as such.
+        x[0, ::64] *= 512
+        assert_product(linear, x, linear(x))
+        x[0, 700] = float("inf")
+        assert not torch.isfinite(linear(x)).any()
+
+
 def test_a_head_whose_rows_do_not_fill_a_tile() -> None:
     torch.manual_seed(0)
     linear = LowBitLinear.random(LowBitFormat(8, 4096, 256), 73448, 4096)
