@@ -117,6 +117,15 @@ class SparseAttentionParams(ctypes.Structure):
     ]
 
 
+class AttentionStepParams(ctypes.Structure):
+    op = "attention_step"
+    _fields_ = [
+        ("compress", CompressKeysParams),
+        ("select", SelectBlocksParams),
+        ("attend", SparseAttentionParams),
+    ]
+
+
 class LowBitWeight(ctypes.Structure):
     _fields_ = [
         ("qweight", _pointer),
@@ -157,13 +166,14 @@ class ExpandLowBitWeightParams(ctypes.Structure):
 
 PARAMS = (
     *(RopeAndWriteKvParams, CompressKeysParams, SelectBlocksParams, SparseAttentionParams),
-    *(LowBitLinearParams, ExpandLowBitWeightParams),
+    *(AttentionStepParams, LowBitLinearParams, ExpandLowBitWeightParams),
 )
 Params = (
     RopeAndWriteKvParams
     | CompressKeysParams
     | SelectBlocksParams
     | SparseAttentionParams
+    | AttentionStepParams
     | LowBitLinearParams
     | ExpandLowBitWeightParams
 )
