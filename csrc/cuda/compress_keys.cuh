@@ -21,6 +21,8 @@ struct WindowCaches {
   int num_kv_heads;
 };
 
+constexpr int kCoarseWriters = kHeadDim / 2;  // threads of finish_page, the first ones
+
 // Writes the windows that end in page `block` of a request and inside [from, kv_len): the work of
 // kWarps warps, which `sync` brings together. Strips of 16 keys are summed, four of the page before
 // and four of the page itself; every window is a run of such sums, so its bits do not depend on who
@@ -83,7 +85,7 @@ __device__ __forceinline__ void finish_page(const WindowCaches& caches, const in
 
   const int page = __ldg(pages + block);
   // The coarse one first: a whole step waits for it.
-  constexpr int kPairs = kHeadDim / 2;
+  constexpr int kPairs = kCoarseWriters;
 #pragma unroll 1
   for (int item = thread; item < (kFineSlots + 1) * kPairs; item += kWarps * kWarpSize) {
     const int slot = item / kPairs - 1;

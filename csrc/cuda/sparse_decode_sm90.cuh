@@ -206,7 +206,8 @@ __device__ __forceinline__ void attend(const SparseAttentionParams& params,
       init_barrier(is_full + i, 1);
       init_barrier(is_empty + i, kWarps);
     }
-    init_barrier(&is_listed, 1);
+    // Whoever wrote arrives, not one for all: racecheck follows no other order.
+    init_barrier(&is_listed, kIsStep ? 1 : kWarpSize);
     for (int run = 0; run < 2; ++run) {
       init_barrier(has_parts + run, 1);
       arrive_expecting(has_parts + run, parts.floats * static_cast<int>(sizeof(float)));
@@ -214,7 +215,7 @@ __device__ __forceinline__ void attend(const SparseAttentionParams& params,
     if constexpr (kIsStep) {
       init_barrier(&has_coarse, 1);
       init_barrier(&has_scores, 1);
-      init_barrier(&has_windows, 1);
+      init_barrier(&has_windows, kCoarseWriters);
     }
     publish_barriers();
   }
@@ -423,10 +424,8 @@ __device__ __forceinline__ void attend(const SparseAttentionParams& params,
             }
           }
           __syncwarp();
-          if (lane == 0) {
-            listed_run = list_of(listed);
-            arrive(&is_listed);
-          }
+          if (lane == 0) listed_run = list_of(listed);
+          arrive(&is_listed);
         }
         wait_phase(&is_listed, 0);
         load_run(loader, listed_run.count, 0, kAllTiles, listed_block);
@@ -439,7 +438,7 @@ __device__ __forceinline__ void attend(const SparseAttentionParams& params,
   if (kIsStep && selects) {
     if (rank == splits - 1) {
       finish_windows(thread, [] { sync_named(kComputeBarrier, kThreads); });
-      if (thread == 0) arrive(&has_windows);
+      if (thread < kCoarseWriters) arrive(&has_windows);
     }
     // Nothing delays K2 and K1 until all blocks have seen K2.
     if (warp < kBringers) {
