@@ -270,11 +270,10 @@ class SparseAttention:
     def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         rope, compress, *windows = self.launches[layer]
         point_into(rope, qkv)
+        capi.run_cuda(rope, stream())
+        capi.run_cuda(compress, stream())
         for number, params in enumerate(windows):
             params.q = qkv.data_ptr() + number // 2 * WINDOW_ROWS * QKV * 2
-        one_window = len(windows) == 2
-        ops = [capi.AttentionStepParams(compress, *windows)] if one_window else [compress, *windows]
-        for params in (rope, *ops):
             capi.run_cuda(params, stream())
         return self.out
 

@@ -78,7 +78,6 @@ MINICPM41_OP(rope_and_write_kv, RopeAndWriteKvParams)
 MINICPM41_OP(compress_keys, CompressKeysParams)
 MINICPM41_OP(select_blocks, SelectBlocksParams)
 MINICPM41_OP(sparse_attention, SparseAttentionParams)
-MINICPM41_OP(attention_step, AttentionStepParams)
 MINICPM41_OP(low_bit_linear, LowBitLinearParams)
 MINICPM41_OP(expand_low_bit_weight, ExpandLowBitWeightParams)
 

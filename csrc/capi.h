@@ -20,7 +20,6 @@ MINICPM41_DECLARE_OP(rope_and_write_kv, RopeAndWriteKvParams)
 MINICPM41_DECLARE_OP(compress_keys, CompressKeysParams)
 MINICPM41_DECLARE_OP(select_blocks, SelectBlocksParams)
 MINICPM41_DECLARE_OP(sparse_attention, SparseAttentionParams)
-MINICPM41_DECLARE_OP(attention_step, AttentionStepParams)
 MINICPM41_DECLARE_OP(low_bit_linear, LowBitLinearParams)
 MINICPM41_DECLARE_OP(expand_low_bit_weight, ExpandLowBitWeightParams)
 #undef MINICPM41_DECLARE_OP

@@ -21,7 +21,6 @@ Status run_rope_and_write_kv(const RopeAndWriteKvParams& params, void* stream);
 Status run_compress_keys(const CompressKeysParams& params, void* stream);
 Status run_select_blocks(const SelectBlocksParams& params, void* stream);
 Status run_sparse_attention(const SparseAttentionParams& params, void* stream);
-Status run_attention_step(const AttentionStepParams& params, void* stream);
 Status run_low_bit_linear(const LowBitLinearParams& params, void* stream);
 Status run_expand_low_bit_weight(const ExpandLowBitWeightParams& params, void* stream);
 }  // namespace cpu
@@ -32,8 +31,6 @@ Status run_rope_and_write_kv(const RopeAndWriteKvParams& params, void* stream);
 Status run_compress_keys(const CompressKeysParams& params, void* stream);
 Status run_select_blocks(const SelectBlocksParams& params, void* stream);
 Status run_sparse_attention(const SparseAttentionParams& params, void* stream);
-// At most three launches, or one where few requests bring a token each; the same bits.
-Status run_attention_step(const AttentionStepParams& params, void* stream);
 // May read codes and scales before the launch before it has ended: that one must not write them.
 Status run_low_bit_linear(const LowBitLinearParams& params, void* stream);
 Status run_expand_low_bit_weight(const ExpandLowBitWeightParams& params, void* stream);

@@ -121,14 +121,6 @@ struct SparseAttentionParams {
                     // step, and this one may start before it ends. 0: promises nothing
 };
 
-// The three ops after another, over the same batch, heads, queries, caches and lists: finish the
-// windows of the new tokens, select, attend. `overlap` of the last two is not looked at.
-struct AttentionStepParams {
-  CompressKeysParams compress;
-  SelectBlocksParams select;
-  SparseAttentionParams attend;
-};
-
 // A low-bit weight is stored in tiles of 16 rows (out features) by 128 columns (in features), the
 // last ones padded with zeros, in the order in which the lanes of an mma.m16n8k16 hold operand A.
 constexpr int kTileRows = 16;

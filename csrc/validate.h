@@ -189,36 +189,6 @@ inline void check_weight(Check& check, const LowBitWeight& weight) {
       .pointer("scales", weight.scales);
 }
 
-inline Status validate(const AttentionStepParams& params) {
-  const SparseAttentionParams& attend = params.attend;
-  Status status = validate(params.compress);
-  if (status.ok()) status = validate(params.select);
-  if (status.ok()) status = validate(attend);
-  if (!status.ok()) return status;
-  Check check("attention_step");
-  for (const Batch* batch : {&params.compress.batch, &params.select.batch}) {
-    check.require(batch->block_tables == attend.batch.block_tables &&
-                      batch->num_tokens == attend.batch.num_tokens &&
-                      batch->max_query_len == attend.batch.max_query_len,
-                  "batch", "not the same in all ops", "the same");
-  }
-  check
-      .require(params.compress.k_cache == attend.k_cache, "k_cache", "different",
-               "the same in all ops")
-      .require(params.compress.k1_cache == params.select.k1_cache, "k1_cache", "different",
-               "the same in all ops")
-      .require(params.compress.k2_cache == params.select.k2_cache, "k2_cache", "different",
-               "the same in all ops")
-      .require(params.select.q == attend.q, "q", "different", "the same in all ops")
-      .require(params.select.topk_idx == attend.topk_idx, "topk_idx", "different",
-               "the same in all ops")
-      .require(params.select.budget == attend.budget, "budget",
-               std::to_string(params.select.budget), std::to_string(attend.budget))
-      .require(params.select.dense_len == attend.dense_len, "dense_len",
-               std::to_string(params.select.dense_len), std::to_string(attend.dense_len));
-  return check.status();
-}
-
 inline Status validate(const LowBitLinearParams& params) {
   Check check("low_bit_linear");
   check_weight(check, params.weight);

@@ -117,15 +117,6 @@ class SparseAttentionParams(ctypes.Structure):
     ]
 
 
-class AttentionStepParams(ctypes.Structure):
-    op = "attention_step"
-    _fields_ = [
-        ("compress", CompressKeysParams),
-        ("select", SelectBlocksParams),
-        ("attend", SparseAttentionParams),
-    ]
-
-
 class LowBitWeight(ctypes.Structure):
     _fields_ = [
         ("qweight", _pointer),
@@ -166,14 +157,13 @@ class ExpandLowBitWeightParams(ctypes.Structure):
 
 PARAMS = (
     *(RopeAndWriteKvParams, CompressKeysParams, SelectBlocksParams, SparseAttentionParams),
-    *(AttentionStepParams, LowBitLinearParams, ExpandLowBitWeightParams),
+    *(LowBitLinearParams, ExpandLowBitWeightParams),
 )
 Params = (
     RopeAndWriteKvParams
     | CompressKeysParams
     | SelectBlocksParams
     | SparseAttentionParams
-    | AttentionStepParams
     | LowBitLinearParams
     | ExpandLowBitWeightParams
 )

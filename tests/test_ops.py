@@ -72,30 +72,6 @@ class Layer:
             self.qkv, self.k_cache, self.v_cache, topk_idx, ops.Batch(*self.batch), SMALL
         )
 
-    def attention_step(self, compress_from: paddle.Tensor | None = None) -> paddle.Tensor:
-        caches = (self.k_cache, self.v_cache, self.k1_cache, self.k2_cache)
-        return ops.attention_step(self.qkv, *caches, compress_from, ops.Batch(*self.batch), SMALL)
-
-
-@pytest.mark.parametrize("rebuild", [True, False])
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_the_step_as_one_op_equals_its_ops_bitwise(geometry: Geometry, rebuild: bool) -> None:
-    layer, whole = (Layer(Fused(make_step(REQUESTS, geometry))) for _ in range(2))
-    start = paddle.zeros([len(REQUESTS)], "int32")
-    for one in (layer, whole):
-        one.rope_and_write_kv()
-        one.compress_keys(start)
-    if not rebuild:
-        start = None
-    layer.compress_keys(start)
-    wanted = layer.sparse_attention(layer.select_blocks())
-    got = whole.attention_step(start)
-    np.testing.assert_array_equal(to_numpy(got), to_numpy(wanted))
-    for name in ("k1_cache", "k2_cache"):
-        np.testing.assert_array_equal(
-            to_numpy(getattr(whole, name)), to_numpy(getattr(layer, name))
-        )
-
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_one_step_equals_the_c_interface_bitwise(geometry: Geometry) -> None:

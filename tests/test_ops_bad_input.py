@@ -109,34 +109,6 @@ def test_refuses_a_bad_struct(part_of: str | None, name: str, value: object, mes
     assert str(refusal.value) == f"sparse_attention: {message}"
 
 
-@pytest.mark.parametrize(
-    ("part", "name", "message"),
-    [
-        ("compress", "k_cache", "k_cache is different, wanted the same in all ops"),
-        ("select", "topk_idx", "topk_idx is different, wanted the same in all ops"),
-        ("select", "q", "q is different, wanted the same in all ops"),
-        ("select", "budget", "budget is 4, wanted 3"),
-    ],
-)
-def test_a_step_of_ops_that_do_not_belong_together_is_refused(
-    part: str, name: str, message: str
-) -> None:
-    step = make_compressed_step([(100, 5), (60, 3)])
-    lists, out = _lists(step), np.full_like(step.q, 7)
-    sizes = replace(SMALL, topk=3 - SMALL.window_size // 64)
-    params = capi.AttentionStepParams(
-        capi.compress_keys_params(step),
-        capi.select_blocks_params(step, sizes, lists),
-        capi.sparse_attention_params(step, lists, out, sizes.dense_len),
-    )
-    other = 4 if name == "budget" else out.ctypes.data + 64
-    setattr(getattr(params, part), name, other)
-    with pytest.raises(capi.KernelError) as refusal:
-        capi.run_cpu(params)
-    assert str(refusal.value) == f"attention_step: {message}"
-    assert (out == 7).all()
-
-
 @pytest.mark.parametrize("op", ["rope_and_write_kv", "compress_keys"])
 def test_only_the_ops_that_take_windows_take_part_of_a_step(op: str) -> None:
     step = make_step([(100, 5), (60, 3)])

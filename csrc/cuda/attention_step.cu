@@ -1,6 +1,5 @@
 // select_blocks and sparse_attention: checks, then the decode kernels, then the prefill kernels for
-// a step that may need them. And the step as a whole.
-#include "decode_attention.cuh"
+// a step that may need them.
 #include "prefill.h"
 
 namespace minicpm41 {
@@ -44,32 +43,6 @@ Status run_sparse_attention(const SparseAttentionParams& params, void* stream) {
     if (!status.ok()) return status;
   }
   return sparse_decode(params, device, stream);
-}
-
-Status run_attention_step(const AttentionStepParams& params, void* stream) {
-  const char* op = "attention_step";
-  Status status = validate(params);
-  if (!status.ok()) return status;
-  Device device;
-  status = check_geometry(op, params.attend.heads, &device);
-  if (!status.ok()) return status;
-  const Batch& batch = params.attend.batch;
-  const int32_t* from = params.compress.compress_from;
-  // Where no request brings two tokens, no row needs a window that another row completes.
-  const bool is_decode = batch.num_tokens > 0 && batch.max_query_len == 1 &&
-                         (from == nullptr || from == batch.history_lens);
-  if (is_decode) {
-    bool is_launched = false;
-    status = decode_step_sm90(params.select, params.attend, device, stream, &is_launched);
-    if (is_launched || !status.ok()) return status;
-  }
-  status = run_compress_keys(params.compress, stream);
-  SelectBlocksParams select = params.select;
-  SparseAttentionParams attend = params.attend;
-  select.overlap = attend.overlap = 1;
-  if (status.ok()) status = run_select_blocks(select, stream);
-  if (status.ok()) status = run_sparse_attention(attend, stream);
-  return status;
 }
 
 }  // namespace cuda

@@ -81,14 +81,6 @@ __device__ __forceinline__ void wait_phase(uint64_t* barrier, int parity) {
 #endif
 }
 
-// Shows ordinary writes of this thread to wgmma and the copy engine, which look at shared memory
-// through another path.
-__device__ __forceinline__ void publish_writes() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
 // ---- barriers of some warps of a block, which the hardware numbers ----
 
 // Waits for `threads` threads; other warps of the block do not take part.

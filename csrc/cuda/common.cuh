@@ -295,14 +295,6 @@ __device__ __forceinline__ void copy_chunk(uint32_t target, const void* source, 
                "r"(bytes)
                : "memory");
 }
-// 16 bytes within shared memory.
-__device__ __forceinline__ void move_chunk(uint32_t target, uint32_t source) {
-  asm volatile(
-      "{ .reg .b32 r<4>; ld.shared.v4.b32 {r0, r1, r2, r3}, [%1]; "
-      "st.shared.v4.b32 [%0], {r0, r1, r2, r3}; }" ::"r"(target),
-      "r"(source)
-      : "memory");
-}
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

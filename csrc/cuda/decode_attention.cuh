@@ -9,9 +9,6 @@ namespace cuda {
 // sparse_decode on Hopper; whether this library holds it for the current device.
 Status sparse_decode_sm90(const SparseAttentionParams& params, const Device& device, void* stream);
 bool has_sparse_decode_sm90(const Device& device);
-// A whole step in one launch, if it serves this one: then `is_launched` becomes true.
-Status decode_step_sm90(const SelectBlocksParams& select, const SparseAttentionParams& attend,
-                        const Device& device, void* stream, bool* is_launched);
 
 // The warps that compute: each scores 8 keys of a block and sums 16 dimensions of its values.
 constexpr int kWarps = 8;

@@ -91,6 +91,12 @@ __device__ __forceinline__ void fetch_to_l2(const void* address, int bytes) {
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
+// Shows ordinary writes of this thread to wgmma and the copy engine, which look at shared memory
+// through another path.
+__device__ __forceinline__ void publish_writes() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // ---- registers ----
 
 // A warpgroup that copies gives its registers to those that compute.

@@ -1,9 +1,143 @@
-// sparse_decode on Hopper: a cluster of 1 to 16 thread blocks a (token, kv head).
-#include "sparse_decode_sm90.cuh"
+// sparse_decode on Hopper: attention of each row over its listed blocks, or over all of them below
+// dense_len.
+//
+// The blocks of a row are two runs: those known before its list is there, which are attended to
+// while select_blocks still makes the list, and the rest. A run is cut into 16 lanes by its length
+// alone, a lane into chunks of up to 4 blocks. Chunks are merged into their lane, four lanes into a
+// group, groups into the row, the known run before the rest, always in this order. A cluster of 1
+// to 16 thread blocks shares a row: how many depends on the launch, but since each takes whole
+// lanes and no merge changes its order, the bits of a row do not.
+//
+// In a thread block two warps look up pages and have the copy engine bring them through a ring of
+// 16 KiB tiles, the K pages of a chunk, then its V pages, then the next. Eight warps compute: each
+// scores 8 keys of every page, they agree on one maximum for the chunk, write the weights to shared
+// memory, and each multiplies them with 16 dimensions of V.
+#include "decode_attention.cuh"
+#include "hopper.cuh"
 
 namespace minicpm41 {
 namespace cuda {
 namespace {
+
+constexpr int kLoaders = 2;  // warps that bring tiles, in turn
+constexpr int kAllThreads = kThreads + kLoaders * kWarpSize;
+constexpr int kChunkBlocks = 4;
+// Padded by one ldmatrix row, so that eight rows fall into different banks.
+constexpr int kWeightStride = kChunkBlocks * kBlockSize + kChunkBytes / 2;
+constexpr int kMaxStages = 12;
+constexpr int kMinStages = kChunkBlocks + 1;
+static_assert(kGroupSize == 1 << 4, "see heads_log2");
+
+// What thread blocks that share a row send to the one that merges `heads` of its heads: a lane each
+// where 8 or 16 share it, else a group of lanes each.
+struct Parts {
+  int outs, stats;  // offsets in floats: [count, heads, kHeadDim], [count, heads] maxima and sums
+  int heads;
+  int floats;
+  __host__ __device__ explicit Parts(int splits) : heads(kGroupSize / splits) {
+    const int count = splits > kGroupLanes ? kLanes : kLanes / kGroupLanes;
+    outs = 0;
+    stats = count * heads * kHeadDim;
+    floats = splits == 1 ? 0 : stats + 2 * count * heads;
+  }
+};
+
+// The shared memory in the order it is laid out, in bytes after the ring.
+struct Layout {
+  // 1 to 4 Values a thread, or a Partial.
+  int held_floats;
+  int weights, warp_peaks, warp_sums, held, received, ids, bytes;
+  __host__ __device__ Layout(int splits, int budget) {
+    constexpr int kFloat = sizeof(float);
+    const int values = kGroupSize / splits * kHeadDim / kThreads;  // a thread merges
+    held_floats = splits == 1 ? static_cast<int>(sizeof(Partial) / sizeof(float))
+                              : 3 * (values > 1 ? values : 1);
+    weights = kGroupSize * kQStride;
+    warp_peaks = weights + kGroupSize * kWeightStride * 2;
+    warp_sums = warp_peaks + kGroupSize * kWarps * kFloat;
+    held = warp_sums + kGroupSize * kWarps * kFloat;
+    received = held + held_floats * kThreads * kFloat;
+    ids = received + 2 * Parts(splits).floats * kFloat;
+    bytes = ids + budget * static_cast<int>(sizeof(int32_t)) + kAlignment;
+  }
+  static constexpr int kAlignment = 1024;  // of the ring, which starts somewhere before
+};
+
+#ifdef MINICPM41_HAS_WGMMA
+
+constexpr int kHalfBytes = kTileBytes / 2;  // a tile is its first 64 dimensions, then the others
+constexpr int kComputeBarrier = 1;
+
+// One dimension of one head.
+struct Value {
+  float peak, sum, out;
+};
+constexpr Value kNothing = {-INFINITY, 0.0f, 0.0f};
+__device__ __forceinline__ void merge(Value& into, const Value& from) {
+  const Weights w = merge_weights(into.peak, from.peak);
+  into.peak = w.peak;
+  into.sum = merged(w, into.sum, from.sum);
+  into.out = merged(w, into.out, from.out);
+}
+
+// Blocks of a run before lane `lane`. A chunk of one block costs nearly as much as one of two: the
+// lanes of a short run hold two each, or none.
+__device__ __forceinline__ int lane_begin(int num_blocks, int lane) {
+  if (num_blocks >= 2 * kLanes) return num_blocks * lane / kLanes;
+  return min((num_blocks + 1) / 2 * lane / kLanes * 2, num_blocks);
+}
+
+// The blocks [first, first + count) of a row are known before its list is. Of a sparse row this is
+// a guess that the list confirms: that it names every block while the budget lasts, and later at
+// least the newest third of its budget, as every list of select_blocks does that is made with local
+// blocks enough. A list that does not costs time: what was done ahead is dropped.
+struct KnownRun {
+  int first, count;
+  __device__ __forceinline__ KnownRun(int own, bool is_dense, int budget) {
+    count = is_dense || own < budget ? own + 1 : budget / 3;
+    first = own + 1 - count;
+  }
+};
+
+// What the list says about the rest.
+struct ListedRun {
+  int count;
+  bool has_known;  // the known blocks are listed, and are not among these
+  bool has_own;    // the last one is the row's own block
+};
+
+// Merges the parts of value `i` = head * kHeadDim + dimension into `total`.
+template <int kCount>
+__device__ __forceinline__ void merge_parts(Value& total, const float* received, const Parts& parts,
+                                            int i) {
+  Value part[kCount];
+#pragma unroll
+  for (int p = 0; p < kCount; ++p) {
+    const int row = p * parts.heads + i / kHeadDim;
+    const float* stats = received + parts.stats + 2 * row;
+    part[p] = {stats[0], stats[1], received[parts.outs + p * parts.heads * kHeadDim + i]};
+  }
+  constexpr int kInner = kCount == kLanes ? kGroupLanes : 1;
+#pragma unroll
+  for (int p = 0; p < kCount; p += kInner) {
+    Value group = kNothing;
+#pragma unroll
+    for (int j = p; j < p + kInner; ++j) merge(group, part[j]);
+    merge(total, group);
+  }
+}
+
+// Position in the ring, and the parity of the turn it is in.
+struct RingCursor {
+  int stage = 0;
+  int parity = 0;
+  __device__ __forceinline__ void advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
 
 template <typename T>
 __global__ void __launch_bounds__(kAllThreads, 1)
@@ -11,10 +145,482 @@ __global__ void __launch_bounds__(kAllThreads, 1)
                               const __grid_constant__ CUtensorMap k_map,
                               const __grid_constant__ CUtensorMap v_map, const int splits,
                               const int stages, const bool by_request) {
-#ifdef MINICPM41_HAS_WGMMA
-  attend<T, /*kIsStep=*/false>(params, nullptr, k_map, v_map, splits, stages, by_request);
-#endif
+  extern __shared__ unsigned char unaligned[];
+  __shared__ uint64_t is_full[kMaxStages];
+  __shared__ uint64_t is_empty[kMaxStages];
+  __shared__ uint64_t is_listed;
+  __shared__ uint64_t has_parts[2];  // of the known run, of the rest
+  __shared__ ListedRun listed_run;
+  unsigned char* ring = unaligned + (-shared_address(unaligned) & (Layout::kAlignment - 1));
+  const Layout layout(splits, params.budget);
+  unsigned char* shared = ring + stages * kTileBytes;
+  unsigned char* q_tile = shared;
+  T* weights = reinterpret_cast<T*>(shared + layout.weights);
+  float* warp_peaks = reinterpret_cast<float*>(shared + layout.warp_peaks);
+  float* warp_sums = reinterpret_cast<float*>(shared + layout.warp_sums);
+  float* received = reinterpret_cast<float*>(shared + layout.received);
+  int32_t* ids = reinterpret_cast<int32_t*>(shared + layout.ids);
+
+  // Few rows leave room for the compress_keys of the next step, which waits for this one's end.
+  if (splits > 1) allow_next_launch();
+  const int splits_log2 = __ffs(splits) - 1;  // splits are powers of two
+  const int rank = blockIdx.x & (splits - 1);
+  const int token = token_of_row(params.batch, blockIdx.x >> splits_log2, by_request);
+  const int kv_head = blockIdx.y;
+  const int thread = threadIdx.x;
+  const int warp = thread / kWarpSize;
+  const int lane = thread % kWarpSize;
+
+  const Parts parts(splits);
+  if (thread == 0) {
+#pragma unroll 1
+    for (int i = 0; i < stages; ++i) {
+      init_barrier(is_full + i, 1);
+      init_barrier(is_empty + i, kWarps);
+    }
+    // Whoever wrote the list arrives, not one for all: racecheck follows no other order.
+    init_barrier(&is_listed, kWarpSize);
+    for (int run = 0; run < 2; ++run) {
+      init_barrier(has_parts + run, 1);
+      arrive_expecting(has_parts + run, parts.floats * static_cast<int>(sizeof(float)));
+    }
+    publish_barriers();
+  }
+  if (thread == kThreads) {
+    prefetch_map(&k_map);
+    prefetch_map(&v_map);
+  }
+
+  QueryRow row;
+  const bool is_row = token >= 0 && load_query_row(params.batch, token, &row);
+  if (!is_row || is_prefill(row.query_len)) {
+    if (!is_row && token >= 0 && rank == 0) write_padding<T>(params, token, kv_head);
+    wait_without_row(by_request);
+    return;
+  }
+  const int own = row.position / kBlockSize;
+  static_assert(kGroupSize * kRowChunks == kThreads, "a thread copies one chunk of q");
+  if (thread < kThreads) {
+    *reinterpret_cast<uint4*>(q_tile + thread / kRowChunks * kQStride +
+                              thread % kRowChunks * kChunkBytes) =
+        *reinterpret_cast<const uint4*>(static_cast<const T*>(params.q) + token * params.q_stride +
+                                        kv_head * kGroupSize * kHeadDim + thread * 8);
+  }
+  __syncthreads();
+  if (splits > 1) cluster_arrive();
+
+  const bool is_dense = row.position + 1 < params.dense_len;
+  const KnownRun known(own, is_dense, params.budget);
+  const int lanes_each = kLanes >> splits_log2;
+  const int first_lane = lanes_each * rank;
+  RingCursor cursor;
+
+  if (warp >= kWarps) {
+    const int loader = warp - kWarps;
+    const auto load_run = [&](int num_blocks, const auto& block_of) {
+      int end = lane_begin(num_blocks, first_lane);
+      int looked_up = end;  // pages before this one, the last 32 of them in the lanes
+      int page = 0;
+#pragma unroll 1
+      for (int list_lane = first_lane; list_lane < first_lane + lanes_each; ++list_lane) {
+        const int lane_end = lane_begin(num_blocks, list_lane + 1);
+#pragma unroll 1
+        while (end < lane_end) {
+          const int begin = end;
+          end = min(begin + kChunkBlocks, lane_end);
+          if (end > looked_up) {
+            looked_up = begin + kWarpSize;
+            if (begin + lane < num_blocks) page = __ldg(row.pages + block_of(begin + lane));
+          }
+          const int count = end - begin;
+#pragma unroll 1
+          for (int i = 0; i < 2 * count; ++i) {
+            const bool is_v = i >= count;
+            const int at = begin + (is_v ? i - count : i);
+            const int source = __shfl_sync(kAllLanes, page, at - (looked_up - kWarpSize));
+            if (i % kLoaders == loader) wait_phase(is_empty + cursor.stage, cursor.parity ^ 1);
+            if (i % kLoaders == loader && lane == 0) {
+              arrive_expecting(is_full + cursor.stage, kTileBytes);
+              copy_page(is_v ? &v_map : &k_map, ring + cursor.stage * kTileBytes,
+                        is_full + cursor.stage,
+                        (source * params.heads.num_kv_heads + kv_head) * kBlockSize);
+            }
+            cursor.advance(stages);
+          }
+        }
+      }
+    };
+    load_run(known.count, [&](int i) { return known.first + i; });
+    // The list may name any page.
+    if (!is_dense) touch_table(row.pages, own + 1, thread - kThreads, kLoaders * kWarpSize);
+    // Of few candidates the list will name most: they come to L2 while it is made.
+    const int candidates = known.first;
+    if (splits == kLanes && loader == 1 && candidates <= 2 * (params.budget - known.count)) {
+      const int at = (candidates * rank >> splits_log2) + lane;
+      const bool is_mine = at < candidates * (rank + 1) >> splits_log2;
+      const int page = is_mine ? __ldg(row.pages + at) : -1;
+      if (page >= 0) {
+        const int64_t tile = (int64_t{page} * params.heads.num_kv_heads + kv_head) * kTileBytes;
+        fetch_to_l2(static_cast<const char*>(params.k_cache) + tile, kTileBytes);
+        fetch_to_l2(static_cast<const char*>(params.v_cache) + tile, kTileBytes);
+      }
+    }
+    if (loader == 0) wait_for_previous_launch();
+    if (!is_dense) {
+      if (loader == 0) {
+        const int32_t* list =
+            params.topk_idx + (int64_t{kv_head} * params.batch.num_tokens + token) * params.budget;
+        int listed = 0;
+        constexpr int kBatch = 4;  // of loads that do not wait for each other
+#pragma unroll 1
+        for (int base = 0; base < params.budget; base += kBatch * kWarpSize) {
+          int id[kBatch];
+#pragma unroll
+          for (int j = 0; j < kBatch; ++j) {
+            const int i = base + j * kWarpSize + lane;
+            id[j] = i < params.budget ? __ldcg(list + i) : -1;
+          }
+#pragma unroll
+          for (int j = 0; j < kBatch; ++j) {
+            const int i = base + j * kWarpSize + lane;
+            if (i < params.budget) ids[i] = id[j];
+            listed += __popc(__ballot_sync(kAllLanes, id[j] >= 0));
+          }
+        }
+        __syncwarp();
+        // The list ascends to the row's own block at most: one entry vouches for all after it.
+        ListedRun run;
+        run.has_known =
+            listed >= known.count && (known.count == 0 || ids[listed - known.count] == known.first);
+        run.count = run.has_known ? listed - known.count : listed;
+        run.has_own = run.count > 0 && ids[run.count - 1] == own;
+        if (lane == 0) listed_run = run;
+        arrive(&is_listed);
+      }
+      wait_phase(&is_listed, 0);
+      load_run(listed_run.count, [&](int i) { return ids[i]; });
+    }
+    if (splits > 1) cluster_wait();
+    return;
+  }
+
+  if (splits > 1) cluster_wait();   // every block's barriers are ready for parts
+  const int head = lane / 4;        // and + 8
+  const int column = lane % 4 * 2;  // and + 1
+  float* held = reinterpret_cast<float*>(shared + layout.held) + thread;
+  const uint32_t ring_address = shared_address(ring);
+  const uint32_t q_address =
+      shared_address(q_tile) + lane % 16 * kQStride + lane / 16 * kChunkBytes;
+  const uint32_t weights_address =
+      shared_address(weights) + (lane % 16 * kWeightStride + lane / 16 * 8) * 2;
+  // The copy engine swizzles: chunk c of row r of half a tile lies at c ^ (r % 8).
+  constexpr int kHalfRow = kRowBytes / 2;
+  const uint32_t key_offset =
+      (warp * kWarpKeys + lane % 8) * kHalfRow + (lane / 8 ^ lane % 8) * kChunkBytes;
+  const uint32_t value_offset = warp / 4 * kHalfBytes + lane % 16 * kHalfRow +
+                                ((warp % 4 * 2 + lane / 16) ^ lane % 8) * kChunkBytes;
+  const int last_key = row.position % kBlockSize;  // in the block `own`
+  const float scale_log2 = params.softmax_scale * kLog2e;
+  // The next two tiles, or one twice, once they have landed; advances the cursor past them.
+  const auto wait_pair = [&](bool has_two, int (&stage)[2]) {
+    stage[0] = cursor.stage;
+    wait_phase(is_full + cursor.stage, cursor.parity);
+    cursor.advance(stages);
+    stage[1] = stage[0];
+    if (has_two) {
+      stage[1] = cursor.stage;
+      wait_phase(is_full + cursor.stage, cursor.parity);
+      cursor.advance(stages);
+    }
+  };
+  const auto release_pair = [&](bool has_two, const int (&stage)[2]) {
+    __syncwarp();
+    if (lane == 0) {
+      arrive(is_empty + stage[0]);
+      if (has_two) arrive(is_empty + stage[1]);
+    }
+  };
+
+  uint32_t q[kKSteps][4];
+#pragma unroll
+  for (int step = 0; step < kKSteps; ++step)
+    ldmatrix_x4(q[step], q_address + step * 2 * kChunkBytes);
+
+  ListedRun run = {known.count, false, known.count > 0};
+#pragma unroll 1
+  for (int number = 0;; ++number) {
+    int end = lane_begin(run.count, first_lane);
+    Partial group;
+    group.clear();
+    if (splits == 1 && !run.has_known) {
+#pragma unroll
+      for (int i = 0; i < 12; ++i) held[i * kThreads] = i == 0 || i == 1 ? -INFINITY : 0.0f;
+    }
+#pragma unroll 1
+    for (int list_lane = first_lane; list_lane < first_lane + lanes_each; ++list_lane) {
+      Partial lane_part;
+      lane_part.clear();
+      const int lane_end = lane_begin(run.count, list_lane + 1);
+#pragma unroll 1
+      while (end < lane_end) {
+        const int begin = end;
+        end = min(begin + kChunkBlocks, lane_end);
+        const int count = end - begin;
+        const bool has_own = run.has_own && end == run.count;
+
+        float scores[kChunkBlocks][4];
+#pragma unroll
+        for (int page = 0; page < kChunkBlocks; ++page) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) scores[page][c] = -INFINITY;
+        }
+#pragma unroll
+        for (int page = 0; page < kChunkBlocks; page += 2) {
+          if (page >= count) break;
+          const bool has_two = page + 1 < count;
+          int stage[2];
+          wait_pair(has_two, stage);
+          float even[2][4] = {};
+          float odd[2][4] = {};
+#pragma unroll
+          for (int two = 0; two < kKSteps / 2; ++two) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              uint32_t keys[4];
+              ldmatrix_x4(keys, ring_address + stage[j] * kTileBytes + two / 2 * kHalfBytes +
+                                    (key_offset ^ (two % 2 * 4 * kChunkBytes)));
+              mma_16x8x16<T>(even[j], q[2 * two], keys[0], keys[1]);
+              mma_16x8x16<T>(odd[j], q[2 * two + 1], keys[2], keys[3]);
+            }
+          }
+          release_pair(has_two, stage);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+              const int key = warp * kWarpKeys + column + c % 2;
+              const bool is_own = has_own && page + j + 1 == count;
+              const bool is_seen = page + j < count && (!is_own || key <= last_key);
+              scores[page + j][c] = is_seen ? even[j][c] + odd[j][c] : -INFINITY;
+            }
+          }
+        }
+
+        Partial chunk;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float peak = -INFINITY;
+#pragma unroll
+          for (int i = 0; i < kChunkBlocks; ++i) {
+            peak = fmaxf(peak, fmaxf(scores[i][2 * r], scores[i][2 * r + 1]));
+          }
+          peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, 1));
+          peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, 2));
+          if (lane % 4 == 0) warp_peaks[(head + 8 * r) * kWarps + warp] = peak;
+        }
+        sync_named(kComputeBarrier, kThreads);
+
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float4* peaks =
+              reinterpret_cast<const float4*>(warp_peaks + (head + 8 * r) * kWarps);
+          const float4 a = peaks[0], b = peaks[1];
+          chunk.peak[r] = scale_log2 * fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)),
+                                             fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w)));
+          const float base = chunk.peak[r] == -INFINITY ? 0.0f : chunk.peak[r];
+          float sum = 0.0f;
+#pragma unroll
+          for (int i = 0; i < kChunkBlocks; ++i) {
+            // Of a block that is not there: weights of 0.
+            const float x = exp2_approx(__fmaf_rn(scores[i][2 * r], scale_log2, -base));
+            const float y = exp2_approx(__fmaf_rn(scores[i][2 * r + 1], scale_log2, -base));
+            store_pair(weights + (head + 8 * r) * kWeightStride + i * kBlockSize +
+                           warp * kWarpKeys + column,
+                       x, y);
+            sum += x + y;
+          }
+          sum += __shfl_xor_sync(kAllLanes, sum, 1);
+          sum += __shfl_xor_sync(kAllLanes, sum, 2);
+          if (lane % 4 == 0) warp_sums[(head + 8 * r) * kWarps + warp] = sum;
+        }
+        if (has_own && last_key + 1 < kBlockSize) {
+          // Weights of 0 do not silence what lies behind the last key: it may be NaN.
+          RingCursor of_own = cursor;
+          for (int i = 0; i + 1 < count; ++i) of_own.advance(stages);
+          wait_phase(is_full + of_own.stage, of_own.parity);
+          for (int i = (last_key + 1) * kRowChunks / 2 + thread; i < kBlockSize * kRowChunks / 2;
+               i += kThreads) {
+            for (int half = 0; half < 2; ++half) {
+              *reinterpret_cast<uint4*>(ring + of_own.stage * kTileBytes + half * kHalfBytes +
+                                        i * kChunkBytes) = make_uint4(0, 0, 0, 0);
+            }
+          }
+          publish_writes();
+        }
+        sync_named(kComputeBarrier, kThreads);
+
+        float odd[2][4] = {};
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) chunk.out[n][c] = 0.0f;
+        }
+#pragma unroll
+        for (int page = 0; page < kChunkBlocks; page += 2) {
+          if (page >= count) break;
+          const bool has_two = page + 1 < count;
+          int stage[2];
+          wait_pair(has_two, stage);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+#pragma unroll
+            for (int step = 0; step < kBlockSize / 16; ++step) {
+              uint32_t w[4], values[4];
+              ldmatrix_x4(w, weights_address + ((page + j) * kBlockSize + step * 16) * 2);
+              ldmatrix_x4_trans(values, ring_address + stage[j] * kTileBytes + value_offset +
+                                            step * 16 * kHalfRow);
+#pragma unroll
+              for (int n = 0; n < 2; ++n) {
+                mma_16x8x16<T>(step % 2 ? odd[n] : chunk.out[n], w, values[2 * n],
+                               values[2 * n + 1]);
+              }
+            }
+          }
+          release_pair(has_two, stage);
+        }
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) chunk.out[n][c] += odd[n][c];
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float4* sums = reinterpret_cast<const float4*>(warp_sums + (head + 8 * r) * kWarps);
+          const float4 a = sums[0], b = sums[1];
+          chunk.sum[r] = ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
+        }
+        merge(lane_part, chunk);
+      }
+
+      merge(group, lane_part);
+      if (splits <= kGroupLanes && list_lane % kGroupLanes != kGroupLanes - 1) continue;
+      if (splits == 1) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const Weights w = merge_weights(held[r * kThreads], group.peak[r]);
+          held[r * kThreads] = w.peak;
+          const auto add = [&](int i, float x) {
+            held[i * kThreads] = merged(w, held[i * kThreads], x);
+          };
+          add(2 + r, group.sum[r]);
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            add(4 + 4 * r + 2 * n, group.out[n][2 * r]);
+            add(4 + 4 * r + 2 * n + 1, group.out[n][2 * r + 1]);
+          }
+        }
+      } else {
+        const int slot = splits > kGroupLanes ? list_lane : list_lane / kGroupLanes;
+        const int heads_log2 = 4 - splits_log2;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int mine = head + 8 * r;
+          const int target = mine >> heads_log2;
+          const uint32_t barrier = address_in_block(has_parts + number, target);
+          const uint32_t memory = address_in_block(received + number * parts.floats, target);
+          const int row_of_head = (slot << heads_log2) + (mine & (parts.heads - 1));
+          constexpr uint32_t kFloat = sizeof(float);
+          // Lanes swap pairs, so that each sends four dimensions that follow each other.
+          const bool is_odd = lane % 2 != 0;
+          const float x = is_odd ? group.out[1][2 * r] : group.out[0][2 * r];
+          const float y = is_odd ? group.out[1][2 * r + 1] : group.out[0][2 * r + 1];
+          const float other_x =
+              __shfl_xor_sync(kAllLanes, is_odd ? group.out[0][2 * r] : group.out[1][2 * r], 1);
+          const float other_y = __shfl_xor_sync(
+              kAllLanes, is_odd ? group.out[0][2 * r + 1] : group.out[1][2 * r + 1], 1);
+          const float4 four =
+              is_odd ? make_float4(other_x, other_y, x, y) : make_float4(x, y, other_x, other_y);
+          const int dim = warp * kWarpDims + lane % 2 * 8 + lane / 2 % 2 * 4;
+          send(memory + (row_of_head * kHeadDim + dim) * kFloat, barrier, four);
+          if (warp == 0 && lane % 4 == 0) {
+            send(memory + (parts.stats + 2 * row_of_head) * kFloat, barrier, group.peak[r],
+                 group.sum[r]);
+          }
+        }
+      }
+      group.clear();
+    }
+
+    if (splits > 1) {
+      wait_phase(has_parts + number, 0);
+      int v = 0;
+#pragma unroll 1
+      for (int i = thread; i < parts.heads * kHeadDim; i += kThreads, v += 3) {
+        Value total = kNothing;
+        if (run.has_known) {
+          total = {held[v * kThreads], held[(v + 1) * kThreads], held[(v + 2) * kThreads]};
+        }
+        if (splits > kGroupLanes) {
+          merge_parts<kLanes>(total, received + number * parts.floats, parts, i);
+        } else {
+          merge_parts<kLanes / kGroupLanes>(total, received + number * parts.floats, parts, i);
+        }
+        held[v * kThreads] = total.peak;
+        held[(v + 1) * kThreads] = total.sum;
+        held[(v + 2) * kThreads] = total.out;
+      }
+    }
+    if (is_dense || number == 1) break;
+    wait_phase(&is_listed, 0);
+    run = listed_run;
+    if (run.count == 0 && run.has_known) break;
+  }
+
+  T* out =
+      static_cast<T*>(params.out) + token * params.out_stride + kv_head * kGroupSize * kHeadDim;
+  float* lse = params.lse == nullptr
+                   ? nullptr
+                   : params.lse + int64_t{token} * params.heads.num_q_heads + kv_head * kGroupSize;
+  if (splits == 1) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = held[(2 + r) * kThreads];
+      const float scale = inverse(sum);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        store_pair(out + (head + 8 * r) * kHeadDim + warp * kWarpDims + column + n * 8,
+                   __fmul_rn(held[(4 + 4 * r + 2 * n) * kThreads], scale),
+                   __fmul_rn(held[(4 + 4 * r + 2 * n + 1) * kThreads], scale));
+      }
+      if (lse != nullptr && warp == 0 && lane % 4 == 0) {
+        lse[head + 8 * r] = natural_lse(held[r * kThreads], sum);
+      }
+    }
+    return;
+  }
+  int v = 0;
+#pragma unroll 1
+  for (int i = thread; i < parts.heads * kHeadDim; i += kThreads, v += 3) {
+    const float sum = held[(v + 1) * kThreads];
+    const float value = __fmul_rn(held[(v + 2) * kThreads], inverse(sum));
+    const float next = __shfl_down_sync(kAllLanes, value, 1);
+    const int first = rank * parts.heads * kHeadDim;
+    if (i % 2 == 0) store_pair(out + first + i, value, next);
+    if (lse != nullptr && i % kHeadDim == 0) {
+      lse[rank * parts.heads + i / kHeadDim] = natural_lse(held[v * kThreads], sum);
+    }
+  }
 }
+
+#else
+
+template <typename T>
+__global__ void sparse_decode_sm90_kernel(const __grid_constant__ SparseAttentionParams,
+                                          const __grid_constant__ CUtensorMap,
+                                          const __grid_constant__ CUtensorMap, const int, const int,
+                                          const bool) {}
+
+#endif
 
 // Of a launch whose rows go by request: nothing else visits the padding.
 template <typename T>

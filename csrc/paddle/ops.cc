@@ -206,58 +206,6 @@ std::vector<Tensor> sparse_attention(const Tensor& qkv, const Tensor& k_cache,
   return {out};
 }
 
-std::vector<Tensor> attention_step(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache,
-                                   const Tensor& k1_cache, const Tensor& k2_cache,
-                                   const Tensor& compress_from, const Tensor& batch_id_per_token,
-                                   const Tensor& cu_seqlens_q, const Tensor& query_lens,
-                                   const Tensor& history_lens, const Tensor& block_tables,
-                                   int max_query_len, float softmax_scale, int init_blocks,
-                                   int local_blocks, int budget, int dense_len) {
-  Checks checks("attention_step");
-  const paddle::DataType dtype = check_cache(checks, "k_cache", k_cache, kBlockSize);
-  checks.tensor("v_cache", v_cache, dtype,
-                {"num_pages", "num_kv_heads", int64_t{kBlockSize}, "head_dim"});
-  checks.tensor("k1_cache", k1_cache, dtype,
-                {"num_pages", "num_kv_heads", int64_t{kFineSlots}, "head_dim"});
-  checks.tensor("k2_cache", k2_cache, dtype,
-                {"num_pages", "num_kv_heads", int64_t{kCoarseSlots}, "head_dim"});
-  AttentionStepParams params{};
-  CompressKeysParams& compress = params.compress;
-  SelectBlocksParams& select = params.select;
-  SparseAttentionParams& attend = params.attend;
-  attend.heads = select.heads = compress.heads = check_qkv(checks, qkv, dtype);
-  attend.batch = select.batch = compress.batch =
-      BatchTensors{batch_id_per_token, cu_seqlens_q, query_lens,
-                   history_lens,       block_tables, max_query_len}
-          .check(checks);
-  checks.tensor("compress_from", compress_from, kInt32, {"batch_size"});
-  if (budget < 1) checks.fail("budget: wanted at least 1, got " + std::to_string(budget));
-  const int64_t out_width = int64_t{attend.heads.num_q_heads} * attend.heads.head_dim;
-  Tensor topk_idx = paddle::experimental::empty(
-      {attend.heads.num_kv_heads, attend.batch.num_tokens, budget}, kInt32, qkv.place());
-  Tensor out =
-      paddle::experimental::empty({attend.batch.num_tokens, out_width}, dtype, qkv.place());
-  compress.compress_from = data_of<const int32_t>(compress_from);
-  attend.k_cache = compress.k_cache = data_of<const void>(k_cache);
-  attend.v_cache = data_of<const void>(v_cache);
-  select.k1_cache = compress.k1_cache = data_of<void>(k1_cache);
-  select.k2_cache = compress.k2_cache = data_of<void>(k2_cache);
-  attend.q = select.q = data_of<const void>(qkv);
-  attend.q_stride = select.q_stride = checks.size("qkv_width");
-  attend.topk_idx = select.topk_idx = data_of<int32_t>(topk_idx);
-  attend.out = data_of<void>(out);
-  attend.out_stride = out_width;
-  attend.softmax_scale = select.softmax_scale = softmax_scale;
-  attend.budget = select.budget = budget;
-  attend.dense_len = select.dense_len = dense_len;
-  select.init_blocks = init_blocks;
-  select.local_blocks = local_blocks;
-  const Tensor lists = with_workspace(qkv, minicpm41_select_blocks_workspace_cuda, select);
-  const Tensor parts = with_workspace(qkv, minicpm41_sparse_attention_workspace_cuda, attend);
-  launch(qkv, minicpm41_attention_step_cpu, minicpm41_attention_step_cuda, params);
-  return {out};
-}
-
 // The sizes of a weight's tiles; the rest of the geometry is checked below capi.h.
 LowBitWeight check_weight(Checks& checks, const Tensor& qweight, const Tensor& scales,
                           int64_t out_features, int64_t in_features, int bits, int group, int zero,
@@ -374,15 +322,6 @@ PD_BUILD_OP(minicpm41_sparse_attention)
     .Outputs({"out"})
     .Attrs({"max_query_len: int", "softmax_scale: float", "dense_len: int", "overlap: bool"})
     .SetKernelFn(PD_KERNEL(minicpm41::binding::sparse_attention));
-
-PD_BUILD_OP(minicpm41_attention_step)
-    .Inputs({"qkv", "k_cache", "v_cache", "k1_cache", "k2_cache", "compress_from",
-             "batch_id_per_token", "cu_seqlens_q", "query_lens", "history_lens", "block_tables"})
-    .Outputs({"k1_cache_out", "k2_cache_out", "out"})
-    .Attrs({"max_query_len: int", "softmax_scale: float", "init_blocks: int", "local_blocks: int",
-            "budget: int", "dense_len: int"})
-    .SetInplaceMap({{"k1_cache", "k1_cache_out"}, {"k2_cache", "k2_cache_out"}})
-    .SetKernelFn(PD_KERNEL(minicpm41::binding::attention_step));
 
 PD_BUILD_OP(minicpm41_low_bit_linear)
     .Inputs({"x", "qweight", "scales"})

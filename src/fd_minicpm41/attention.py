@@ -98,11 +98,12 @@ class InfLLMV2AttentionBackend(AppendAttentionBackend):
         ops.rope_and_write_kv(qkv, forward_meta.rotary_embs, k_cache, v_cache, batch)
         # Without a prefill chunk there is no prefix to rebuild.
         start = None if batch.max_query_len == 1 else step.compress_from
-        if not step.windows:
-            return ops.attention_step(
-                qkv, k_cache, v_cache, k1_cache, k2_cache, start, batch, sparse
-            )
         ops.compress_keys(k_cache, k1_cache, k2_cache, start, batch)
+        if not step.windows:
+            topk_idx = ops.select_blocks(qkv, k1_cache, k2_cache, batch, sparse, overlap=True)
+            return ops.sparse_attention(
+                qkv, k_cache, v_cache, topk_idx, batch, sparse, overlap=True
+            )
         out = paddle.empty([qkv.shape[0], self.num_heads * self.head_dim], qkv.dtype)
         for rows, window in step.windows:
             part = qkv[rows]

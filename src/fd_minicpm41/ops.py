@@ -198,41 +198,6 @@ def sparse_attention(
     return out
 
 
-def attention_step(
-    qkv: paddle.Tensor,
-    k_cache: paddle.Tensor,
-    v_cache: paddle.Tensor,
-    k1_cache: paddle.Tensor,
-    k2_cache: paddle.Tensor,
-    compress_from: paddle.Tensor | None,
-    batch: Batch,
-    sparse_config: SparseConfig,
-) -> paddle.Tensor:
-    """:func:`compress_keys`, :func:`select_blocks` and :func:`sparse_attention` of a whole step.
-
-    The same bits as the three in turn. On a Hopper GPU a step of few requests that bring one token
-    each takes one launch.
-
-    Args:
-        qkv: q rotated.
-        k_cache, v_cache: ``[num_pages, num_kv_heads, 64, head_dim]``.
-        k1_cache, k2_cache, compress_from: as in :func:`compress_keys`.
-
-    Returns:
-        ``[num_tokens, num_q_heads * head_dim]``; padding rows are 0.
-    """
-    c = sparse_config
-    start = batch.history_lens if compress_from is None else compress_from
-    *_, out = _run(
-        "attention_step",
-        {"k1_cache": k1_cache, "k2_cache": k2_cache},
-        [qkv, k_cache, v_cache, k1_cache, k2_cache, start, *batch.tensors()],
-        [batch.longest_query(), _softmax_scale(k_cache)]
-        + [c.init_blocks, c.local_blocks + 1, c.budget, c.dense_len],
-    )
-    return out
-
-
 def low_bit_linear(
     x: paddle.Tensor,
     qweight: paddle.Tensor,

@@ -103,20 +103,15 @@ def same_bits(got: NDArray, wanted: NDArray, what: str = "") -> None:
 
 
 class Launches:
-    """Buffers and params of one step, allocated once, so that it can be captured in a graph.
+    """Buffers and params of one step, allocated once, so that it can be captured in a graph."""
 
-    Runs as one op, or where ``overlap`` is given as its three ops with that promise.
-    """
-
-    def __init__(self, step: Step, sizes: Sizes, overlap: int | None = None) -> None:
+    def __init__(self, step: Step, sizes: Sizes, overlap: int = 0) -> None:
         g = step.geometry
         shape = (g.num_kv_heads, step.num_tokens, sizes.budget)
         self.topk_idx = torch.full(shape, NOT_WRITTEN, dtype=torch.int32, device="cuda")
         self.out = torch.full_like(step.q, float("nan"))
         self.lse = torch.full(step.q.shape[:2], float("nan"), device="cuda")
         self._step = step  # its tensors must outlive the params
-        self._is_whole = overlap is None
-        overlap = overlap or 0
         self.compress = capi.compress_keys_params(step)
         self.select = capi.select_blocks_params(step, sizes, self.topk_idx, overlap)
         self.attend = capi.sparse_attention_params(
@@ -135,20 +130,9 @@ class Launches:
         self.out.fill_(float("nan"))
         self.lse.fill_(float("nan"))
 
-    def _whole(self) -> capi.AttentionStepParams:
-        """The step as one op, which is told how many tokens a request brings at most."""
-        params = capi.AttentionStepParams(self.compress, self.select, self.attend)
-        longest = getattr(self._step, "max_query_len", None)
-        if longest is None:
-            longest = max((request.query_len for request in self._step.requests), default=1)
-        for part in (params.compress, params.select, params.attend):
-            part.batch.max_query_len = max(longest, 1)
-        return params
-
     def run(self) -> None:
         """The whole step: finish the compressed keys, select, attend."""
-        ops = (self.compress, self.select, self.attend)
-        for params in (self._whole(),) if self._is_whole else ops:
+        for params in (self.compress, self.select, self.attend):
             capi.run_cuda(params, stream())
 
     def result(self) -> tuple[NDArray[np.int32], NDArray, NDArray[np.float32]]:
@@ -157,9 +141,9 @@ class Launches:
 
 
 def run_step(
-    step: Step, sizes: Sizes, overlap: int | None = None
+    step: Step, sizes: Sizes, overlap: int = 0
 ) -> tuple[NDArray[np.int32], NDArray, NDArray[np.float32]]:
-    """topk_idx, out and lse of a step on the GPU; by its three ops where ``overlap`` is given."""
+    """topk_idx, out and lse of a step on the GPU."""
     launches = Launches(step, sizes, overlap)
     launches.run()
     return launches.result()

@@ -295,12 +295,11 @@ def test_a_short_chunk_equals_its_rows_bitwise() -> None:
             same_bits(row[1][0], chunk[1][token])
 
 
-@pytest.mark.parametrize("lengths", [[9000], [8192, 16384, 700, 64], [9000, 8192, 700, 1, 12345]])
-def test_repeated_and_overlapped_launches_give_the_same_bits(lengths: list[int]) -> None:
+def test_repeated_and_overlapped_launches_give_the_same_bits() -> None:
+    lengths = [9000, 8192, 16384, 700, 12345]
     _, gpu = ready([(length - 1, 1) for length in lengths])
-    wanted = run_step(gpu, PUBLISHED, 0)
-    # The step as one op, then its ops apart.
-    for overlap in (None, 0, 1):
+    wanted = run_step(gpu, PUBLISHED)
+    for overlap in (0, 1):
         for _ in range(20):
             for got, want in zip(run_step(gpu, PUBLISHED, overlap), wanted, strict=True):
                 same_bits(got, want, f"overlap {overlap}")
@@ -322,7 +321,7 @@ def test_graph_replay_equals_eager_after_lengths_have_grown() -> None:
                 if (position + 1) % 64 == 0:
                     gpu.k2_cache[page] = float("nan")
     eager = replace(gpu, k1_cache=gpu.k1_cache.clone(), k2_cache=gpu.k2_cache.clone())
-    captured = Launches(gpu, PUBLISHED)
+    captured = Launches(gpu, PUBLISHED, overlap=1)
     captured.run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -332,7 +331,7 @@ def test_graph_replay_equals_eager_after_lengths_have_grown() -> None:
         captured.poison()
         graph.replay()
         got = captured.result()
-        for a, b in zip(got, run_step(eager, PUBLISHED, 0), strict=True):
+        for a, b in zip(got, run_step(eager, PUBLISHED), strict=True):
             same_bits(a, b, f"step {step}")
         gpu.history_lens.add_(1)
     same_bits(download(gpu.k1_cache), download(eager.k1_cache))

@@ -381,7 +381,7 @@ def test_attention_takes_no_list_of_an_earlier_step() -> None:
     prompt.v_cache.normal_()
     gpu = chunk(prompt, 36_000, 38_048)
     compress(gpu, [0])
-    plain, overlapped = Launches(gpu, PUBLISHED, 0), Launches(gpu, PUBLISHED, overlap=1)
+    plain, overlapped = Launches(gpu, PUBLISHED), Launches(gpu, PUBLISHED, overlap=1)
     for seed in range(3):
         torch.manual_seed(seed)
         gpu.q.copy_(torch.randn(gpu.q.shape, device="cuda"))

@@ -51,16 +51,6 @@ class Recorder:
         _, twin, name = self.twins[id(cache)]
         return twin, name, is_new
 
-    def step(self, tensors: list[Any], attributes: list[float | int | bool]) -> Any:
-        """A whole step as its three ops, which give the same bits."""
-        qkv, k, v, k1, k2, start, *batch = tensors
-        longest, scale, *_, dense_len = attributes
-        self("compress_keys", {}, [k, k1, k2, start, *batch], [longest])
-        (lists,) = self("select_blocks", {}, [qkv, k1, k2, *batch], [*attributes, True])
-        return self(
-            "sparse_attention", {}, [qkv, k, v, lists, *batch], [longest, scale, dense_len, True]
-        )
-
     def __call__(
         self,
         op: str,
@@ -68,8 +58,6 @@ class Recorder:
         tensors: Sequence[Any],
         attributes: Sequence[float | int | bool] = (),
     ) -> Any:
-        if op == "attention_step":
-            return self.step(list(tensors), list(attributes))
         caches = range(FIRST_CACHE[op], FIRST_CACHE[op] + len(CACHES[op]))
         passed, arrays, inputs, new_caches = [], {}, [], {}
         for i, tensor in enumerate(tensors):
