@@ -49,10 +49,10 @@ ASAN_OPTIONS := detect_leaks=0:alloc_dealloc_mismatch=0:abort_on_error=1
 test-sanitize: $(INSTALLED) ## Run the op tests on kernels built with AddressSanitizer and UBSan
 	$(BIN)/cmake -S . -B build/sanitize -DFDM_SANITIZE=ON -DFDM_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	$(BIN)/cmake --build build/sanitize
+	ASAN_OPTIONS=$(ASAN_OPTIONS) UBSAN_OPTIONS=print_stacktrace=1 \
 	FD_MINICPM41_KERNELS=build/sanitize/libfd_minicpm41_kernels.so \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	LD_LIBRARY_PATH="$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("paddle").submodule_search_locations[0])')/libs" \
-	ASAN_OPTIONS=$(ASAN_OPTIONS) UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/python -m pytest -p no:cacheprovider tests/test_rope_and_write_kv.py \
 	    tests/test_compress_keys.py tests/test_select_blocks.py tests/test_sparse_attention.py \
 	    tests/test_ops_bad_input.py tests/test_low_bit_linear.py $(ARGS)
