@@ -105,7 +105,10 @@ def same_bits(got: NDArray, wanted: NDArray, what: str = "") -> None:
 class Launches:
     """Buffers and params of one step, allocated once, so that it can be captured in a graph."""
 
-    def __init__(self, step: Step, sizes: Sizes, overlap: int = 0) -> None:
+    def __init__(
+        self, step: Step, sizes: Sizes, overlap: int = 0, max_query_len: int | None = None
+    ) -> None:
+        """``max_query_len`` as in csrc/params.h: of the whole step when this is a part of it."""
         g = step.geometry
         shape = (g.num_kv_heads, step.num_tokens, sizes.budget)
         self.topk_idx = torch.full(shape, NOT_WRITTEN, dtype=torch.int32, device="cuda")
@@ -119,6 +122,7 @@ class Launches:
         )
         self._workspaces = []
         for params in (self.select, self.attend):
+            params.batch.max_query_len = max_query_len or params.batch.max_query_len
             size = capi.workspace_cuda(params)
             # Garbage on purpose: no op may count on what its workspace holds.
             workspace = torch.full((max(1, size),), 0xA5, dtype=torch.uint8, device="cuda")
