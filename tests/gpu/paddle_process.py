@@ -32,6 +32,14 @@ from accuracy import (  # noqa: E402
 )
 from cases import DTYPES, TRUE_GEOMETRY, Step, load_windows, make_step  # noqa: E402
 from fd_minicpm41 import binding  # noqa: E402
+from low_bit_cases import (  # noqa: E402
+    FORMATS,
+    exact_rows,
+    framework_linear,
+    make_exact_weight,
+    make_weight,
+    make_x,
+)
 
 # The published sizes, and at lengths on both sides of the switch.
 INIT, LOCAL, BUDGET, DENSE_LEN = 1, 33, 96, 8192
@@ -42,7 +50,9 @@ BATCH = ("batch_id_per_token", "cu_seqlens_q", "query_lens", "history_lens", "bl
 def op(name: str, *arguments: object) -> object:
     eager = getattr(paddle, "base", None) and paddle.base.core.eager
     run = getattr(paddle._C_ops, "_run_custom_op", None) or eager._run_custom_op
-    return run(f"minicpm41_{name}", *arguments)
+    results = run(f"minicpm41_{name}", *arguments)
+    is_one = isinstance(results, list | tuple) and len(results) == 1
+    return results[0] if is_one else results
 
 
 def to_paddle(array: np.ndarray) -> paddle.Tensor:
@@ -89,7 +99,6 @@ def check_dtype(dtype: str) -> None:
         topk = op(
             "select_blocks", fused, caches["k1"], caches["k2"], *batch, longest, *sizes, overlap
         )
-        topk = topk[0] if isinstance(topk, list | tuple) else topk
         args = (
             fused,
             caches["k"],
@@ -102,7 +111,6 @@ def check_dtype(dtype: str) -> None:
             overlap,
         )
         out = op("sparse_attention", *args)
-        out = out[0] if isinstance(out, list | tuple) else out
         lists.append(to_numpy(topk))
         outs.append(to_numpy(out).reshape(host.num_tokens, g.num_q_heads, g.head_dim))
     is_row = ~host.is_padding()
@@ -178,6 +186,31 @@ def check_request(
             assert_within_budget(out[row, heads], truth, framework[0], g.dtype, what)
 
 
+def check_products(dtype: str) -> None:
+    """Products of every format at the kernels' limits of tokens, and rows expanded."""
+    for fmt in FORMATS:
+        weight = make_weight(fmt, 264, 4096)
+        tiles = [to_paddle(tile) for tile in weight.tiles()]
+        sizes = (fmt.bits, fmt.group, fmt.zero, fmt.hadamard)
+        plain = weight.plain()
+        for tokens in (1, 9, 33, 64):
+            x = make_x(tokens, 4096, dtype, tokens)
+            out = to_numpy(op("low_bit_linear", to_paddle(x), *tiles, 264, *sizes))
+            truth = x.astype(np.float64) @ plain.T
+            what = f"{tokens} tokens by {fmt}"
+            assert_within_budget(out, truth, framework_linear(x, plain), dtype, what)
+        if not fmt.hadamard:  # else sums in fp32 stand before the one rounding
+            rows = op("expand_low_bit_weight", *tiles, None, 264, 4096, *sizes, 16, 99, dtype)
+            rows = to_numpy(rows)
+            np.testing.assert_array_equal(rows, plain[16 : 16 + 99].astype(DTYPES[dtype]))
+    weight = make_exact_weight("int8", 73, 384)
+    tiles = [to_paddle(tile) for tile in weight.tiles()]
+    sizes = (weight.fmt.bits, weight.fmt.group, weight.fmt.zero, weight.fmt.hadamard)
+    scales = to_paddle(weight.channel_scales)
+    rows = op("expand_low_bit_weight", *tiles, scales, 73, 384, *sizes, 0, 73, "int8")
+    np.testing.assert_array_equal(to_numpy(rows), exact_rows(weight))
+
+
 def main() -> None:
     ctypes.CDLL(str(capi.library_path()), mode=ctypes.RTLD_GLOBAL)
     installed = binding.PaddleInstallation.find()
@@ -187,6 +220,7 @@ def main() -> None:
         load_op_meta_info_and_register_op(str(path))
         for dtype in ("bfloat16", "float16"):
             check_dtype(dtype)
+            check_products(dtype)
             print(f"Paddle {installed.version}: {dtype} holds", flush=True)
 
 
