@@ -8,10 +8,9 @@ namespace minicpm41 {
 namespace cuda {
 
 // sparse_prefill for sm_90a, and whether this build holds it.
-Status sparse_prefill_sm90(const SparseAttentionParams& params, void* stream);
+Status sparse_prefill_sm90(const SparseAttentionParams& params, const Device& device, void* stream);
+int64_t sparse_prefill_sm90_workspace(const SparseAttentionParams& params, const Device& device);
 bool has_sparse_prefill_sm90();
-// Of its workspace: how many tiles the thread blocks have taken beyond their first.
-constexpr int64_t kTurnsBytes = sizeof(int32_t);
 
 // ---- which rows attend to a block ----
 
@@ -83,15 +82,16 @@ __device__ __forceinline__ void mark_listed(uint32_t* marks, const SparseAttenti
 // passed over.
 class MarkedBlocks {
  public:
-  // `pages` are those of the first marked block on.
-  __device__ __forceinline__ MarkedBlocks(const uint32_t* marks, const int32_t* pages, int count,
-                                          int num_pages, int lane)
+  // From block `first` on; `pages` are those of block 0 on, as are marks.
+  __device__ __forceinline__ MarkedBlocks(const uint32_t* marks, const int32_t* pages, int first,
+                                          int count, int num_pages, int lane)
       : marks_(reinterpret_cast<const uint16_t*>(marks)),
         pages_(pages),
         count_(count),
         num_pages_(num_pages),
-        lane_(lane) {
-    fetch(lane);
+        lane_(lane),
+        first_(first) {
+    fetch(first + lane);
   }
   // False at the end. `block` counts from the first marked one.
   __device__ __forceinline__ bool next(int* block, int* mark, int* page) {
@@ -120,7 +120,7 @@ class MarkedBlocks {
   const uint16_t* marks_;
   const int32_t* pages_;
   int count_, num_pages_, lane_;
-  int first_ = 0;
+  int first_;
   int mark_ = 0, page_ = -1, next_mark_, next_page_;
   unsigned wanted_ = 0;
 };

@@ -37,10 +37,17 @@ struct Cut {
   int rows[kSizes];
   int begin[kSizes];
   int tiles[kSizes];  // for each kv head
+  // All tiles are of one size, there are more than thread blocks, and those that come last, of the
+  // first rows, take about as long as the others.
+  bool is_even;
 };
 
 __host__ __device__ inline int tiles_for(int rows, int tile_rows) {
   return (rows + tile_rows - 1) / tile_rows;
+}
+// Blocks from which on tiles take about as long each, since sparse rows list the same number.
+__host__ __device__ inline int long_tile(int dense_len) {
+  return dense_len > kBlockSize ? dense_len / kBlockSize : 1;
 }
 // No call of these shapes has more tiles of that size.
 inline int64_t most_tiles(const Batch& batch, int tile_rows) {
@@ -102,37 +109,6 @@ __device__ __forceinline__ int count_tiles(const Batch& batch, const Cut& cut, i
   return tiles;
 }
 
-// Cuts a call into tiles of `large` rows. If they are worked through by thread blocks that each
-// take their share, what is left for the last round goes to all of them in smaller tiles, of one
-// multiple of `step` rows or the next. Called by whole warps, as is find_tile.
-__device__ __forceinline__ Cut cut_call(const Batch& batch, int large, int step, int kv_heads,
-                                        int thread_blocks, int lane) {
-  Cut cut = {{large, large, large}, {0, 0, 0}, {0, 0, 0}};
-  cut.tiles[0] = count_tiles(batch, cut, 0, lane);
-  const int left = tiles_for(cut.tiles[0] * kv_heads % thread_blocks, kv_heads) * large;  // rows
-  const int shares = thread_blocks / kv_heads;
-  if (left == 0 || shares == 0) return cut;
-  int most = step;
-  while (most < large && shares * most < left) most += step;
-  const int less = max(most - step, step);
-  // So many shares are of `less` rows, the others of `most`.
-  const int less_rows = most == less ? 0 : (shares * most - left) / step * less;
-  if (most < large) {
-    cut.rows[1] = most;
-    cut.rows[2] = less;
-    cut.begin[0] = left;
-    cut.begin[1] = less_rows;
-  } else {
-    cut.rows[1] = less;
-    cut.begin[0] = less_rows;
-  }
-#pragma unroll
-  for (int size = 0; size < Cut::kSizes; ++size) {
-    cut.tiles[size] = count_tiles(batch, cut, size, lane);
-  }
-  return cut;
-}
-
 // Tile `index` of those of a size, of which there are more than that.
 __device__ __forceinline__ Tile find_tile(const Batch& batch, const Cut& cut, int size, int index,
                                           int lane) {
@@ -159,6 +135,47 @@ __device__ __forceinline__ Tile find_tile(const Batch& batch, const Cut& cut, in
     return tile;
   }
   return {};
+}
+
+// Cuts a call into tiles of `large` rows. If they are worked through by thread blocks that each
+// take their share, what is left for the last round goes to all of them in smaller tiles, of one
+// multiple of `step` rows or the next. Not so if the tiles are even, which is asked where all of
+// `long_blocks` blocks or more count as equally long, and not where that is 0. Called by whole
+// warps, as is find_tile.
+__device__ __forceinline__ Cut cut_call(const Batch& batch, int large, int step, int kv_heads,
+                                        int thread_blocks, int long_blocks, int lane) {
+  Cut cut = {{large, large, large}, {0, 0, 0}, {0, 0, 0}, false};
+  cut.tiles[0] = count_tiles(batch, cut, 0, lane);
+  if (long_blocks > 0 && cut.tiles[0] * kv_heads > thread_blocks) {
+    const auto blocks_of = [&](int index) {
+      const Tile tile = find_tile(batch, cut, 0, index, lane);
+      return min((tile.position + tile.rows - 1) / kBlockSize + 1, long_blocks);
+    };
+    cut.is_even = 2 * blocks_of(0) >= blocks_of(cut.tiles[0] - 1);
+    if (cut.is_even) return cut;
+  }
+  const int left = tiles_for(cut.tiles[0] * kv_heads % thread_blocks, kv_heads) * large;  // rows
+  const int shares = thread_blocks / kv_heads;
+  if (left == 0 || shares == 0) return cut;
+  int most = step;
+  while (most < large && shares * most < left) most += step;
+  const int less = max(most - step, step);
+  // So many shares are of `less` rows, the others of `most`.
+  const int less_rows = most == less ? 0 : (shares * most - left) / step * less;
+  if (most < large) {
+    cut.rows[1] = most;
+    cut.rows[2] = less;
+    cut.begin[0] = left;
+    cut.begin[1] = less_rows;
+  } else {
+    cut.rows[1] = less;
+    cut.begin[0] = less_rows;
+  }
+#pragma unroll
+  for (int size = 0; size < Cut::kSizes; ++size) {
+    cut.tiles[size] = count_tiles(batch, cut, size, lane);
+  }
+  return cut;
 }
 
 }  // namespace cuda

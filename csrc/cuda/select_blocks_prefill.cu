@@ -827,8 +827,9 @@ __global__ void __launch_bounds__(kWgmma == kHasWgmma ? Shape<kWgmma>::kThreads 
     }
     if (threadIdx.x / kWarpSize == 1) {
       const int lane = threadIdx.x % kWarpSize;
-      const Cut found =
-          cut_call(params.batch, kRows, kRowStep, params.heads.num_kv_heads, gridDim.x, lane);
+      // On multiprocessors that have one tile less sparse_prefill_sm90 begins, and evens that out.
+      const Cut found = cut_call(params.batch, kRows, kRowStep, params.heads.num_kv_heads,
+                                 gridDim.x, kWgmma ? long_tile(params.dense_len) : 0, lane);
       if (lane == 0) cut = found;
     }
     wait_for_previous_launch();

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int token = threadIdx.x / kWarpSize;
   const int kv_head = blockIdx.y;
   // The latest positions, whose lists are the longest, come first.
-  const Cut cut = cut_call(params.batch, kTokens, kTokens, 1, 1, lane);
+  const Cut cut = cut_call(params.batch, kTokens, kTokens, 1, 1, 0, lane);
   const int index = cut.tiles[0] - 1 - static_cast<int>(blockIdx.x);
   if (index < 0) return;
   const Tile tile = find_tile(params.batch, cut, 0, index, lane);
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     mark_listed(marks, params, tile, kv_head, base, count, threadIdx.x, kThreads);
     __syncthreads();
 
-    MarkedBlocks walk(marks, pages + base, count, params.batch.num_pages, lane);
+    MarkedBlocks walk(marks, pages + base, 0, count, params.batch.num_pages, lane);
     uint32_t stage = shared_address(shared);
     uint32_t other_stage = stage + 2 * kTileBytes;
     int next_block, next_mark, page;
@@ -149,11 +149,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 int64_t sparse_prefill_workspace(const SparseAttentionParams& params, const Device& device) {
   if (!is_prefill(params.batch.max_query_len)) return 0;
-  return device.major == 9 && has_sparse_prefill_sm90() ? kTurnsBytes : 0;
+  const bool is_hopper = device.major == 9 && has_sparse_prefill_sm90();
+  return is_hopper ? sparse_prefill_sm90_workspace(params, device) : 0;
 }
 
 Status sparse_prefill(const SparseAttentionParams& params, const Device& device, void* stream) {
-  if (device.major == 9 && has_sparse_prefill_sm90()) return sparse_prefill_sm90(params, stream);
+  if (device.major == 9 && has_sparse_prefill_sm90()) {
+    return sparse_prefill_sm90(params, device, stream);
+  }
   const char* op = "sparse_attention";
   const auto kernel = params.heads.dtype == kFloat16 ? sparse_prefill_kernel<__half>
                                                      : sparse_prefill_kernel<__nv_bfloat16>;

@@ -11,7 +11,8 @@
 // an entry beside it; a tile begins with a stage that holds an entry alone. Thread blocks stay for
 // more tiles, so that a tile's first pages arrive while the tile before is finished. Tiles differ
 // in how much they list: a thread block takes its next one, from a counter, when it is nearly done
-// with the last. Who works on a tile does not show in its rows.
+// with the last, and some are parted, so that no thread block idles in the end. Who works on a tile
+// does not show in its rows.
 //
 // While one warpgroup weighs its scores, the tensor cores serve the two others. How often that
 // succeeds depends on how long weighing takes: it looks for no maximum as long as weights stay in
@@ -35,7 +36,7 @@ constexpr int kConsumerRegisters = 152;
 constexpr int kProducerRegisters = 56;
 static_assert(kConsumers * kConsumerRegisters + kProducerRegisters == 65536 / kWarpgroup,
               "all registers of a multiprocessor");
-static_assert(kTokens <= kMarkBits, "a mark holds a bit a token");
+static_assert(kTokens < kMarkBits - 1, "a mark holds a bit a token");
 
 // Tiles lie in the 128-byte swizzle: [half of the row][row][64 numbers].
 struct __align__(1024) Tiles {
@@ -45,32 +46,97 @@ struct __align__(1024) Tiles {
   uint32_t marks[2][kMarkedBlocks * kMarkBits / 32];
 };
 
+// If the tiles of a call are even, each thread block begins with the earlier blocks of one, this
+// with nearly all, that with hardly any; takes whole tiles while there are any; and ends with what
+// another has left of its first, the largest rests being taken first. So all end together, however
+// many tiles there are and whenever thread blocks begin. Sums are handed on as they are: where a
+// tile is parted does not show in a row's bits.
+enum Part : int { kWhole, kEarlier, kLater };
+
+// Sums of a tile that is parted, as its threads hold them.
+constexpr int kStateChunks = kOutputs / 4 + 1;
+struct __align__(128) State {
+  float4 chunks[kStateChunks][kConsumers * kWarpgroup];
+};
+
+// What thread blocks tell each other.
+struct Shares {
+  int32_t* turns_taken;  // beyond the first of each thread block
+  int32_t* progress;     // of each parted tile
+  int32_t* begins;       // the first block of its later part
+  State* states;
+  int slots;  // parted tiles at most; 0 if no tile is
+};
+int slots_for(const SparseAttentionParams& params, const Device& device) {
+  const int64_t tiles = most_tiles(params.batch, kTokens) * params.heads.num_kv_heads;
+  return tiles > device.multiprocessors ? device.multiprocessors : 0;
+}
+// States, which want the alignment, come first.
+Shares shares_of(void* workspace, int slots) {
+  State* states = static_cast<State*>(workspace);
+  int32_t* numbers = reinterpret_cast<int32_t*>(states + slots);
+  return {numbers, numbers + 1, numbers + 1 + slots, states, slots};
+}
+
 #ifdef MINICPM41_HAS_WGMMA
+
+// Progress of a parted tile: 0, begun, and each warp that has handed on its sums. Or it had not
+// been begun when the later part was due, which then is all of it.
+constexpr int kBegun = 1;
+constexpr int kHandedOn = 2;
+constexpr int kAllHandedOn = kBegun + kConsumers * kWarps * kHandedOn;
+constexpr int kNotWanted = 1 << 16;
 
 constexpr int kMarkers = 96;  // threads that make marks: three warps
 // The next tile is taken when so many blocks of positions are left of the last one. Making its
 // marks takes as long as some five listed blocks, and the ring holds five more.
 constexpr int kMarkAhead = 12;
+// The step between the shares of thread blocks that follow each other: a prime, and of 132 about
+// the golden section, which spreads any number of them evenly.
+constexpr int kSpread = 83;
 constexpr int kHalfBytes = kPageBytes / 2;
 // Named barriers; 0 is __syncthreads.
 constexpr int kMarkersBarrier = 1;
 constexpr int kConsumerBarrier = 2;  // and one for each further warpgroup
 
-// Up to kMarkedBlocks blocks of one tile of one kv head.
-struct MarkedTile {
-  Tile tile;  // rows 0: there are no more
+// What a thread block does at a time.
+struct Turn {
+  Tile tile;  // rows 0: there is no more to do
   int kv_head;
-  int base;  // first block
-  int count;
-  bool is_last;  // of the tile
+  Part part;
+  int slot;     // of a parted tile
+  float share;  // of its earlier part
 };
 
-// What a stage holds: a block and its mark, or, with mark 0, what the next tile is.
+// Up to kMarkedBlocks blocks of one tile of one kv head.
+struct MarkedTile {
+  Turn turn;
+  int base;   // block of the first mark
+  int begin;  // from here
+  int end;
+  int ending;     // the first block that is near the end of the turn
+  bool is_first;  // of the turn
+  bool is_last;
+};
+
+// What a stage holds: a block and its mark, or, with mark 0, what the next turn is.
 struct __align__(16) Entry {
   int mark;
-  int block;  // header: kv_head * kMarkBits + rows; rows 0 ends the work
+  int block;  // header: the numbers below; rows 0 ends the work
   int row;    // header only, as is the next
   int position;
+
+  __device__ __forceinline__ static Entry header(const Turn& turn) {
+    return {0, ((turn.slot * 4 + turn.part) << 16) | (turn.kv_head * kMarkBits + turn.tile.rows),
+            turn.tile.row, turn.tile.position};
+  }
+  // A turn ends with the next header, or with this.
+  __device__ __forceinline__ static Entry end_of_turn() { return {0, kMarkBits - 1, 0, 0}; }
+  __device__ __forceinline__ bool is_end_of_turn() const { return block == kMarkBits - 1; }
+  __device__ __forceinline__ int rows() const { return block % kMarkBits; }
+  __device__ __forceinline__ int kv_head() const { return (block & 0xffff) / kMarkBits; }
+  __device__ __forceinline__ int part() const { return block >> 16 & 3; }
+  __device__ __forceinline__ int slot() const { return block >> 18; }
 };
 
 struct Signals {
@@ -81,6 +147,7 @@ struct Signals {
   MarkedTile marked[2];
   Cut cut;
   int turn;
+  int begin;
 };
 
 // A place in a ring, and the parity of the phase in which it is filled.
@@ -96,60 +163,151 @@ struct Cursor {
   }
 };
 
-// Three warps: take tiles for this thread block and mark them, one ahead of the copies.
-__device__ __forceinline__ void make_marks(Tiles& tiles, Signals& signals,
-                                           const SparseAttentionParams& params, int thread) {
-  const int lane = thread % kWarpSize;
+// Turn `index` of the call, the same for a whole warp. The latest positions, whose lists are the
+// longest, come first, as in select_blocks; later parts come last.
+__device__ __forceinline__ Turn find_turn(const SparseAttentionParams& params, const Cut& cut,
+                                          int index, int lane) {
   const int kv_heads = params.heads.num_kv_heads;
-  const Cut found = cut_call(params.batch, kTokens, kWarps, kv_heads, gridDim.x, lane);
+  const int thread_blocks = gridDim.x;
+  const int tiles = cut.tiles[0] * kv_heads;
+  Turn turn = {{}, 0, kWhole, 0, 0.0f};
+  if (cut.is_even) {
+    if (index < thread_blocks) {
+      // Not in their order: those that begin early, where select_blocks had less to do, are to have
+      // parts of all sizes.
+      const int stride = thread_blocks % kSpread == 0 ? 1 : kSpread;
+      index = index * stride % thread_blocks;
+      turn.part = kEarlier;
+      turn.slot = index;
+      turn.share = (index + 0.5f) / thread_blocks;
+    } else if (index >= tiles) {
+      index -= tiles;
+      if (index >= thread_blocks) return turn;
+      turn.part = kLater;
+      turn.slot = index;
+    }
+  }
+  for (int size = 0; size < Cut::kSizes && turn.tile.rows == 0; ++size) {
+    const int of_size = cut.tiles[size];
+    if (index < of_size * kv_heads) {
+      turn.kv_head = index % kv_heads;
+      turn.tile = find_tile(params.batch, cut, size, of_size - 1 - index / kv_heads, lane);
+    }
+    index -= of_size * kv_heads;
+  }
+  return turn;
+}
+
+// Of `count` blocks those that are marked, and the block before which `before` of them are. Called
+// by whole warps.
+__device__ __forceinline__ int count_marked(const uint32_t* marks, int count, int lane) {
+  int marked = 0;
+  for (int word = lane; 2 * word < count; word += kWarpSize) {
+    marked += ((marks[word] & 0xffff) != 0) + (marks[word] >> kMarkBits != 0);
+  }
+  return __reduce_add_sync(kAllLanes, marked);
+}
+__device__ __forceinline__ int find_marked(const uint32_t* marks, int count, int before, int lane) {
+  for (int first = 0; 2 * first < count; first += kWarpSize) {
+    const int word = first + lane;
+    const uint32_t two = 2 * word < count ? marks[word] : 0;
+    const bool is_even = (two & 0xffff) != 0;
+    const bool is_odd = two >> kMarkBits != 0;
+    const unsigned evens = __ballot_sync(kAllLanes, is_even);
+    const unsigned odds = __ballot_sync(kAllLanes, is_odd);
+    if (before < __popc(evens) + __popc(odds)) {
+      const unsigned lower = (1u << lane) - 1;
+      const int mine = before - __popc(evens & lower) - __popc(odds & lower);
+      const bool holds = mine >= 0 && mine < is_even + is_odd;
+      const int owner = __ffs(__ballot_sync(kAllLanes, holds)) - 1;
+      return __shfl_sync(kAllLanes, 2 * word + (mine == is_even), owner);
+    }
+    before -= __popc(evens) + __popc(odds);
+  }
+  return 0;
+}
+
+// Waits until the earlier part of a tile is done and says where the later begins. -1: it was not
+// begun. Then it is not waited for: its thread block may find no room before this one ends.
+__device__ __forceinline__ int take_over(const Shares& shares, int slot) {
+  int32_t* progress = shares.progress + slot;
+  if (atomicCAS(progress, 0, kNotWanted) == 0) return -1;
+  int seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(progress) : "memory");
+  } while (seen != kAllHandedOn);
+  return __ldcg(shares.begins + slot);
+}
+
+// Three warps: take turns for this thread block and mark their blocks, one ahead of the copies.
+__device__ __forceinline__ void make_marks(Tiles& tiles, Signals& signals,
+                                           const SparseAttentionParams& params,
+                                           const Shares& shares, int thread) {
+  const int lane = thread % kWarpSize;
+  const bool may_part = shares.slots >= static_cast<int>(gridDim.x);
+  const Cut found = cut_call(params.batch, kTokens, kWarps, params.heads.num_kv_heads, gridDim.x,
+                             may_part ? long_tile(params.dense_len) : 0, lane);
   if (thread == 0) signals.cut = found;
   sync_named(kMarkersBarrier, kMarkers);
   const Cut& cut = signals.cut;
-  int32_t* turns_taken = static_cast<int32_t*>(params.workspace);
   int parity = 0;
   Cursor<2> buffer;
-  // With overlap, the lists of the first tile are waited for one by one.
+  // With overlap, lists are waited for one by one.
   if (params.overlap == 0) wait_for_previous_launch();
-  // One kv head after the other, so that L2 serves one at a time; the latest positions, whose lists
-  // are the longest, first.
-  for (int turn = blockIdx.x;;) {
-    Tile tile = {};
-    int kv_head = 0;
-    for (int size = 0; size < Cut::kSizes && tile.rows == 0; ++size) {
-      const int tiles = cut.tiles[size];
-      if (turn < tiles * kv_heads) {
-        kv_head = turn / tiles;
-        tile = find_tile(params.batch, cut, size, tiles - 1 - turn % tiles, lane);
-      }
-      turn -= tiles * kv_heads;
-    }
+  for (int index = blockIdx.x, round = 0;; ++round) {
+    Turn turn = find_turn(params, cut, index, lane);
+    const Tile& tile = turn.tile;
     const bool is_end = tile.rows == 0;
-    const int blocks = is_end ? 1 : blocks_of(params.batch, tile);
-    for (int base = 0; base < blocks; base += kMarkedBlocks) {
-      const int count = min(blocks - base, kMarkedBlocks);
+    int begin = 0;
+    if (turn.part == kEarlier && thread == 0) {
+      atomicCAS(shares.progress + turn.slot, 0, kBegun);
+    }
+    if (turn.part == kLater) {
+      if (thread == 0) signals.begin = take_over(shares, turn.slot);
+      sync_named(kMarkersBarrier, kMarkers);
+      begin = signals.begin;
+      if (begin < 0) turn.part = kWhole;
+      begin = max(begin, 0);
+    }
+    int end = is_end ? 1 : blocks_of(params.batch, tile);
+    int ending = end - kMarkAhead;
+    for (int base = begin / kMarkedBlocks * kMarkedBlocks; base < end; base += kMarkedBlocks) {
+      const int count = min(end - base, kMarkedBlocks);
       uint32_t* marks = tiles.marks[buffer.at];
       wait_phase(&signals.marks_empty[buffer.at], buffer.parity ^ 1);
       if (!is_end) {
         mark_dense(marks, params, tile, base, count, thread, kMarkers);
-        if (params.overlap != 0) await_lists(params, tile, kv_head, thread);
+        if (params.overlap != 0) await_lists(params, tile, turn.kv_head, thread);
         sync_named(kMarkersBarrier, kMarkers);
-        mark_listed(marks, params, tile, kv_head, base, count, thread, kMarkers);
+        mark_listed(marks, params, tile, turn.kv_head, base, count, thread, kMarkers);
+        if (turn.part == kEarlier) {
+          sync_named(kMarkersBarrier, kMarkers);
+          const int wanted = static_cast<int>(count_marked(marks, count, lane) * turn.share);
+          // Of more blocks than there are marks for, those that there are.
+          end = count < end ? count : find_marked(marks, count, wanted, lane);
+          ending = find_marked(marks, count, max(wanted - kMarkAhead, 0), lane);
+          if (thread == 0) shares.begins[turn.slot] = end;
+        }
       }
       if (thread == 0) {
-        signals.marked[buffer.at] = {tile, kv_head, base, count, base + count == blocks};
+        const int marked_end = min(end, base + kMarkedBlocks);
+        signals.marked[buffer.at] = {turn,   base,          max(begin, base), marked_end,
+                                     ending, base <= begin, marked_end == end};
       }
       arrive(&signals.marks_full[buffer.at]);
       buffer.advance();
     }
-    // From here on all lists are there, and the counter is cleared.
-    wait_for_previous_launch();
-    allow_next_launch();
+    // From here on all lists are there. A thread block may be done with a part before that.
+    if (round > 0 || turn.part == kWhole) {
+      wait_for_previous_launch();
+      allow_next_launch();
+    }
     if (is_end) return;
     wait_phase(&signals.is_ending, parity);
     parity ^= 1;
-    if (thread == 0) signals.turn = gridDim.x + atomicAdd(turns_taken, 1);
+    if (thread == 0) signals.turn = gridDim.x + atomicAdd(shares.turns_taken, 1);
     sync_named(kMarkersBarrier, kMarkers);
-    turn = signals.turn;
+    index = signals.turn;
   }
 }
 
@@ -165,31 +323,33 @@ __device__ __forceinline__ void copy_pages(Tiles& tiles, Signals& signals,
   for (;;) {
     wait_phase(&signals.marks_full[buffer.at], buffer.parity);
     const MarkedTile& marked = signals.marked[buffer.at];
-    const int rows = marked.tile.rows;
-    const int kv_head = marked.kv_head;
+    const Tile& tile = marked.turn.tile;
+    const int kv_head = marked.turn.kv_head;
     const int base = marked.base;
-    const int last = marked.tile.position + rows - 1;
-    if (base == 0) {
-      is_ending = false;
+    const int last = tile.position + tile.rows - 1;
+    const auto put = [&](const Entry& entry) {
       if (lane == 0) {
         wait_phase(&signals.k_empty[ring.at], ring.parity ^ 1);
         wait_phase(&signals.v_empty[ring.at], ring.parity ^ 1);
-        signals.entries[ring.at] = {0, kv_head * kMarkBits + rows, marked.tile.row,
-                                    marked.tile.position};
+        signals.entries[ring.at] = entry;
         arrive(&signals.k_full[ring.at]);
         arrive(&signals.v_full[ring.at]);
       }
       ring.advance();
+    };
+    if (marked.is_first) {
+      is_ending = false;
+      put(Entry::header(marked.turn));
     }
-    if (rows == 0) return;
+    if (tile.rows == 0) return;
     MarkedBlocks walk(
         tiles.marks[buffer.at],
-        params.batch.block_tables + int64_t{marked.tile.request} * params.batch.max_blocks + base,
-        marked.count, params.batch.num_pages, lane);
+        params.batch.block_tables + int64_t{tile.request} * params.batch.max_blocks + base,
+        marked.begin - base, marked.end - base, params.batch.num_pages, lane);
     int block, mark, page;
     while (walk.next(&block, &mark, &page)) {
       block += base;
-      if (!is_ending && block + kMarkAhead > last / kBlockSize) {
+      if (!is_ending && block >= marked.ending) {
         if (lane == 0) arrive(&signals.is_ending);
         is_ending = true;
       }
@@ -229,6 +389,9 @@ __device__ __forceinline__ void copy_pages(Tiles& tiles, Signals& signals,
       }
       ring.advance();
     }
+    // The sums of an earlier part are handed on before it is known what comes next: that may be a
+    // later part, and wait for another thread block that waits for these.
+    if (marked.is_last && marked.turn.part == kEarlier) put(Entry::end_of_turn());
     __syncwarp();
     if (marked.is_last && !is_ending && lane == 0) arrive(&signals.is_ending);
     if (lane == 0) arrive(&signals.marks_empty[buffer.at]);
@@ -241,11 +404,12 @@ template <typename T>
 class Consumer {
  public:
   __device__ __forceinline__ Consumer(Tiles& tiles, Signals& signals,
-                                      const SparseAttentionParams& params, int warpgroup,
-                                      int thread)
+                                      const SparseAttentionParams& params, const Shares& shares,
+                                      int warpgroup, int thread)
       : tiles_(tiles),
         signals_(signals),
         params_(params),
+        shares_(shares),
         warpgroup_(warpgroup),
         warp_(thread / kWarpSize),
         lane_(thread % kWarpSize),
@@ -257,17 +421,24 @@ class Consumer {
       wait_phase(&signals_.k_full[ring_.at], ring_.parity);
       const Entry header = entry();
       pass();
-      const int rows = header.block % kMarkBits;
-      const int kv_head = header.block / kMarkBits;
+      const int rows = header.rows();
+      const int kv_head = header.kv_head();
+      if (header.is_end_of_turn()) continue;
       if (rows == 0) return;
       position_ = header.position + token_;
       // A warp past the tile's last row reads that row's queries; nothing is marked for it.
       load_queries(static_cast<const T*>(params_.q) +
                    (header.row + min(token_, rows - 1)) * params_.q_stride +
                    kv_head * kGroupSize * kHeadDim);
-      state_.clear();
+      if (header.part() == kLater) {
+        take_over(shares_.states[header.slot()]);
+      } else {
+        state_.clear();
+      }
       attend_all();
-      if (token_ < rows) {
+      if (header.part() == kEarlier) {
+        hand_on(shares_.states[header.slot()], shares_.progress + header.slot());
+      } else if (token_ < rows) {
         write_row<T>(params_, header.row + token_, kv_head, state_, lane_);
       }
     }
@@ -314,6 +485,38 @@ class Consumer {
       next = peek();
     }
     return next;
+  }
+
+  __device__ __forceinline__ void hand_on(State& shared, int32_t* progress) {
+    const int thread = warpgroup_ * kWarpgroup + warp_ * kWarpSize + lane_;
+#pragma unroll
+    for (int i = 0; i < kOutputs; i += 4) {
+      __stcg(&shared.chunks[i / 4][thread],
+             make_float4(state_.out[i], state_.out[i + 1], state_.out[i + 2], state_.out[i + 3]));
+    }
+    __stcg(&shared.chunks[kStateChunks - 1][thread],
+           make_float4(state_.peak[0], state_.peak[1], state_.sum[0], state_.sum[1]));
+    __syncwarp();
+    if (lane_ == 0) {
+      asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(progress), "r"(kHandedOn)
+                   : "memory");
+    }
+  }
+  __device__ __forceinline__ void take_over(const State& shared) {
+    const int thread = warpgroup_ * kWarpgroup + warp_ * kWarpSize + lane_;
+#pragma unroll
+    for (int i = 0; i < kOutputs; i += 4) {
+      const float4 chunk = __ldcg(&shared.chunks[i / 4][thread]);
+      state_.out[i] = chunk.x;
+      state_.out[i + 1] = chunk.y;
+      state_.out[i + 2] = chunk.z;
+      state_.out[i + 3] = chunk.w;
+    }
+    const float4 chunk = __ldcg(&shared.chunks[kStateChunks - 1][thread]);
+    state_.peak[0] = chunk.x;
+    state_.peak[1] = chunk.y;
+    state_.sum[0] = chunk.z;
+    state_.sum[1] = chunk.w;
   }
 
   __device__ __forceinline__ void load_queries(const T* queries) {
@@ -402,6 +605,7 @@ class Consumer {
   Tiles& tiles_;
   Signals& signals_;
   const SparseAttentionParams& params_;
+  const Shares& shares_;
   const int warpgroup_, warp_, lane_, token_;
   const float scale_log2_;
   Cursor<kStages> ring_;
@@ -416,6 +620,7 @@ class Consumer {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_prefill_sm90_kernel(const __grid_constant__ SparseAttentionParams params,
+                               const __grid_constant__ Shares shares,
                                const __grid_constant__ CUtensorMap k_map,
                                const __grid_constant__ CUtensorMap v_map) {
 #ifdef MINICPM41_HAS_WGMMA
@@ -445,25 +650,30 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warpgroup == kConsumers) {
     shrink_registers<kProducerRegisters>();
     if (thread < kMarkers) {
-      make_marks(tiles, signals, params, thread);
+      make_marks(tiles, signals, params, shares, thread);
     } else {
       copy_pages<T>(tiles, signals, params, &k_map, &v_map, thread % kWarpSize);
     }
   } else {
     grow_registers<kConsumerRegisters>();
-    Consumer<T>(tiles, signals, params, warpgroup, thread).run();
+    Consumer<T>(tiles, signals, params, shares, warpgroup, thread).run();
   }
 #endif
 }
 
-// For the launch behind it, which counts up from 0.
-__global__ void clear_turns_kernel(int32_t* turns_taken) {
+// For the launch behind it, which counts up from 0 and may begin before select_blocks has ended:
+// with overlap that one is what is waited for, and it has no workspace to be in the way of.
+__global__ void clear_shares_kernel(const __grid_constant__ Shares shares, bool overlap) {
+  if (!overlap) wait_for_previous_launch();
+  if (threadIdx.x == 0) *shares.turns_taken = 0;
+  for (int i = threadIdx.x; i < shares.slots; i += blockDim.x) shares.progress[i] = 0;
+  __threadfence();
+  __syncthreads();
   allow_next_launch();
   wait_for_previous_launch();
-  *turns_taken = 0;
 }
 
-using Kernel = void (*)(SparseAttentionParams, CUtensorMap, CUtensorMap);
+using Kernel = void (*)(SparseAttentionParams, Shares, CUtensorMap, CUtensorMap);
 
 }  // namespace
 
@@ -473,7 +683,13 @@ bool has_sparse_prefill_sm90() {
   return is_built;
 }
 
-Status sparse_prefill_sm90(const SparseAttentionParams& params, void* stream) {
+int64_t sparse_prefill_sm90_workspace(const SparseAttentionParams& params, const Device& device) {
+  const int64_t slots = slots_for(params, device);
+  return slots * (sizeof(State) + 2 * sizeof(int32_t)) + sizeof(int32_t);
+}
+
+Status sparse_prefill_sm90(const SparseAttentionParams& params, const Device& device,
+                           void* stream) {
   const char* op = "sparse_attention";
   const Batch& batch = params.batch;
   const Heads& heads = params.heads;
@@ -487,12 +703,12 @@ Status sparse_prefill_sm90(const SparseAttentionParams& params, void* stream) {
                              &v_map);
   }
   if (!status.ok()) return status;
+  const Shares shares = shares_of(params.workspace, slots_for(params, device));
   LaunchShape clear;
   clear.grid = dim3(1);
-  clear.threads = 1;
+  clear.threads = kWarpgroup;
   clear.overlap = params.overlap != 0;
-  cudaError_t error =
-      launch(clear_turns_kernel, clear, stream, static_cast<int32_t*>(params.workspace));
+  cudaError_t error = launch(clear_shares_kernel, clear, stream, shares, clear.overlap);
   if (error != cudaSuccess) return launch_status(op, error);
   LaunchShape shape;
   shape.threads = kThreads;
@@ -503,7 +719,7 @@ Status sparse_prefill_sm90(const SparseAttentionParams& params, void* stream) {
   shape.grid = dim3(static_cast<unsigned>(
       std::min<int64_t>(fits, most_tiles(batch, kWarps) * heads.num_kv_heads)));
   shape.overlap = true;
-  return launch_status(op, launch(kernel, shape, stream, params, k_map, v_map));
+  return launch_status(op, launch(kernel, shape, stream, params, shares, k_map, v_map));
 }
 
 }  // namespace cuda

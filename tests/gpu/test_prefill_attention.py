@@ -181,9 +181,12 @@ def test_a_whole_prompt_that_turns_sparse() -> None:
 # ---- bits ----
 
 
-def test_a_row_does_not_depend_on_where_a_prompt_is_cut() -> None:
+# Where all rows are sparse, the whole prompt has more tiles than a GPU runs thread blocks, all
+# about as long, and some are parted. With dense rows tiles are uneven, and none is parted.
+@pytest.mark.parametrize("dense_len", [-1, 500])
+def test_a_row_does_not_depend_on_where_a_prompt_is_cut(dense_len: int) -> None:
     host = make_step([(0, 900)], BF16, padding_rows=0)
-    sizes = replace(SMALL, dense_len=500)
+    sizes = replace(SMALL, dense_len=dense_len)
     lists = random_lists(host, sizes)
     gpu = on_gpu(host)
     out, lse = attend(gpu, lists, sizes.dense_len)
@@ -246,6 +249,30 @@ def test_repeated_launches_give_the_same_bits() -> None:
     for _ in range(5):
         for got, want in zip(attend(gpu, lists, PUBLISHED.dense_len), wanted, strict=True):
             same_bits(got, want)
+
+
+def test_thread_blocks_that_begin_late_do_not_show() -> None:
+    # Tiles are parted here, too. Thread blocks that find no room, since another stream holds their
+    # multiprocessors, begin when all others are done.
+    host = make_step([(1500, 1200)], BF16)
+    sizes = replace(SMALL, dense_len=500)
+    lists = random_lists(host, sizes)
+    gpu = on_gpu(host)
+    wanted = attend(gpu, lists, sizes.dense_len)
+    held_ms, clocks_a_ms = 60, 1_900_000
+    for holders in (1, 8, 24):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for holder in [torch.cuda.Stream() for _ in range(holders)]:
+            with torch.cuda.stream(holder):
+                torch.cuda._sleep(held_ms * clocks_a_ms)
+        start.record()
+        got = attend(gpu, lists, sizes.dense_len)
+        end.record()
+        torch.cuda.synchronize()
+        if torch.cuda.get_device_capability()[0] == 9:  # a thread block there fills its place
+            assert start.elapsed_time(end) > held_ms / 4, "nothing was held up"
+        for mine, theirs in zip(got, wanted, strict=True):
+            same_bits(mine, theirs, f"{holders} multiprocessors held")
 
 
 def test_graph_replay_equals_an_eager_launch() -> None:

@@ -32,6 +32,8 @@ for dtype in ("bfloat16", "float16"):
 DECODE = STEPS.replace("REQUESTS", "([(1029, 1)], [(599, 1)] * 8 + [(0, 0), (383, 9)])")
 # Prompts and chunks with a history, decode and idle rows among them.
 PREFILL = STEPS.replace("REQUESTS", "([(383, 9), (0, 0), (1030, 1), (0, 70), (447, 40)],)")
+# More tiles than a GPU has multiprocessors, so that some are parted.
+PARTED = STEPS.replace("REQUESTS", "([(447, 40), (0, 900)],)")
 
 PRODUCTS = """
 import torch
@@ -49,7 +51,9 @@ for fmt in (FORMATS[0], FORMATS[2], FORMATS[5], FORMATS[8]):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "program", [DECODE, PREFILL, PRODUCTS], ids=["decode", "prefill", "products"]
+    "program",
+    [DECODE, PREFILL, PARTED, PRODUCTS],
+    ids=["decode", "prefill", "parted", "products"],
 )
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_small_cases_are_clean(tool: str, program: str) -> None:
