@@ -4,6 +4,7 @@
 // One block a (request, kv head, page) that the step may have touched. Each of its 8 warps sums 16
 // keys: four of the page before and four of the page itself; every window is a run of such sums, so
 // a window's bits do not depend on how a prompt was cut.
+#include "hopper.cuh"
 #include "prefill.h"
 
 namespace minicpm41 {
@@ -13,21 +14,58 @@ namespace {
 constexpr int kStripsPerPage = kBlockSize / kKernelStride;
 constexpr int kStrips = 2 * kStripsPerPage;
 constexpr int kCompressThreads = kStrips * kWarpSize;
+constexpr int kAllThreads = kCompressThreads + kWarpSize;  // one warp fetches ahead
+// So many leave room for the registers of all loads of a strip at once.
+constexpr int kResident = 4;
 constexpr int kStripsPerWindow = kKernelSize / kKernelStride;
-// Up to so many (request, kv head) the time between launches shows in a step, and they leave
-// multiprocessors free on which this launch can wait for its turn.
-constexpr int kFewRows = 8;
+// Of keys that are fetched to L2 ahead, tiles of a block and a kv head, all rows together: 8 MiB of
+// the 50 that the L2 of an H100 holds.
+constexpr int kTilesAhead = 512;
 
 static_assert(kCoarseKernelSize == 2 * kBlockSize, "a coarse window is a page and the one before");
 static_assert(kCoarseSlots == 1, "one coarse window ends in a page");
 
+// One warp fetches keys of a short row to L2; others would wait for the copy engine to take what
+// they ask. It may run while the launch before still writes: what it reads decides only about that,
+// and does not pass through L1, where it would stay.
+__device__ __forceinline__ void fetch_ahead(const CompressKeysParams& params, int request,
+                                            int kv_head, int tiles) {
+#ifdef MINICPM41_HAS_WGMMA
+  // A row of at most so many blocks attends to all of them; of a longer one that is not known here.
+  constexpr int kShortBlocks = 64;
+  constexpr int kTileBytes = kBlockSize * kRowBytes;
+  const Batch& batch = params.batch;
+  const int query_len = __ldcg(batch.query_lens + request);
+  const int kv_len = __ldcg(batch.history_lens + request) + query_len;
+  const int blocks = min((kv_len + kBlockSize - 1) / kBlockSize, batch.max_blocks);
+  if (query_len == 0 || blocks > kShortBlocks) return;
+  // From four places on, for several thread blocks will share the row.
+  const int quarter = (blocks + 3) / 4;
+  for (int i = threadIdx.x % kWarpSize; i < min(tiles, 4 * quarter); i += kWarpSize) {
+    const int block = i % 4 * quarter + i / 4;
+    if (block >= blocks) continue;
+    const int page = __ldcg(batch.block_tables + int64_t{request} * batch.max_blocks + block);
+    if (page < 0 || page >= batch.num_pages) continue;
+    fetch_to_l2(static_cast<const char*>(params.k_cache) +
+                    (int64_t{page} * params.heads.num_kv_heads + kv_head) * kTileBytes,
+                kTileBytes);
+  }
+#endif
+}
+
 template <typename T>
-__global__ void __launch_bounds__(kCompressThreads)
-    compress_keys_kernel(const CompressKeysParams params) {
+__global__ void __launch_bounds__(kAllThreads, kResident)
+    compress_keys_kernel(const CompressKeysParams params, const int tiles_ahead) {
   __shared__ float strips[kStrips][kHeadDim];
   const int request = blockIdx.z;
   const int kv_head = blockIdx.y;
-  // Launched ahead of its turn, whatever comes before: nothing is read until that has ended.
+  // A shuffle shows that a warp goes one way.
+  const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpSize, 0);
+  if (warp == kStrips) {
+    if (blockIdx.x == 0) fetch_ahead(params, request, kv_head, tiles_ahead);
+    return;
+  }
+  // Launched ahead of its turn, whatever comes before: nothing else is read until that has ended.
   wait_for_previous_launch();
   // The next launch reads windows of earlier steps at once. Those are never rewritten here, for a
   // rebuild goes to the other kernel.
@@ -43,7 +81,6 @@ __global__ void __launch_bounds__(kCompressThreads)
   const int kv_heads = params.heads.num_kv_heads;
   const int32_t* pages = params.batch.block_tables + int64_t{request} * params.batch.max_blocks;
   const T* k_cache = static_cast<const T*>(params.k_cache);
-  const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int half = lane / 16;
   const int chunk = lane % 16;
@@ -120,8 +157,8 @@ __global__ void __launch_bounds__(kCompressThreads)
   if (from < history_len) __threadfence();
 }
 
-template __global__ void compress_keys_kernel<__half>(const CompressKeysParams);
-template __global__ void compress_keys_kernel<__nv_bfloat16>(const CompressKeysParams);
+template __global__ void compress_keys_kernel<__half>(const CompressKeysParams, const int);
+template __global__ void compress_keys_kernel<__nv_bfloat16>(const CompressKeysParams, const int);
 
 }  // namespace
 
@@ -148,12 +185,12 @@ Status run_compress_keys(const CompressKeysParams& params, void* stream) {
   const int width = batch.num_tokens > batch.batch_size ? 2 : 1;
   LaunchShape shape;
   shape.grid = dim3(std::min(width, batch.max_blocks), params.heads.num_kv_heads, batch.batch_size);
-  shape.threads = kCompressThreads;
-  shape.overlap =
-      device.has_clusters() && int64_t{batch.batch_size} * params.heads.num_kv_heads <= kFewRows;
+  shape.threads = kAllThreads;
+  shape.overlap = device.has_clusters();
+  const int tiles_ahead = kTilesAhead / (batch.batch_size * params.heads.num_kv_heads);
   const auto kernel = params.heads.dtype == kFloat16 ? compress_keys_kernel<__half>
                                                      : compress_keys_kernel<__nv_bfloat16>;
-  return launch_status(op, launch(kernel, shape, stream, params));
+  return launch_status(op, launch(kernel, shape, stream, params, tiles_ahead));
 }
 
 }  // namespace cuda

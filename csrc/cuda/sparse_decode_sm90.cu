@@ -44,19 +44,13 @@ struct Parts {
 
 // The shared memory in the order it is laid out, in bytes after the ring.
 struct Layout {
-  // 1 to 4 Values a thread, or a Partial.
-  int held_floats;
-  int weights, warp_peaks, warp_sums, held, received, ids, bytes;
+  int weights, warp_peaks, warp_sums, received, ids, bytes;
   __host__ __device__ Layout(int splits, int budget) {
     constexpr int kFloat = sizeof(float);
-    const int values = kGroupSize / splits * kHeadDim / kThreads;  // a thread merges
-    held_floats = splits == 1 ? static_cast<int>(sizeof(Partial) / sizeof(float))
-                              : 3 * (values > 1 ? values : 1);
     weights = kGroupSize * kQStride;
     warp_peaks = weights + kGroupSize * kWeightStride * 2;
     warp_sums = warp_peaks + kGroupSize * kWarps * kFloat;
-    held = warp_sums + kGroupSize * kWarps * kFloat;
-    received = held + held_floats * kThreads * kFloat;
+    received = warp_sums + kGroupSize * kWarps * kFloat;
     ids = received + 2 * Parts(splits).floats * kFloat;
     bytes = ids + budget * static_cast<int>(sizeof(int32_t)) + kAlignment;
   }
@@ -68,17 +62,23 @@ struct Layout {
 constexpr int kHalfBytes = kTileBytes / 2;  // a tile is its first 64 dimensions, then the others
 constexpr int kComputeBarrier = 1;
 
-// One dimension of one head.
-struct Value {
-  float peak, sum, out;
+// Four dimensions of one head: what a thread merges of the parts that a block is sent.
+constexpr int kValueDims = 4;
+struct Values {
+  float peak, sum;
+  float4 out;
 };
-constexpr Value kNothing = {-INFINITY, 0.0f, 0.0f};
-__device__ __forceinline__ void merge(Value& into, const Value& from) {
+constexpr Values kNothing = {-INFINITY, 0.0f, {0.0f, 0.0f, 0.0f, 0.0f}};
+__device__ __forceinline__ void merge(Values& into, const Values& from) {
   const Weights w = merge_weights(into.peak, from.peak);
   into.peak = w.peak;
   into.sum = merged(w, into.sum, from.sum);
-  into.out = merged(w, into.out, from.out);
+  into.out.x = merged(w, into.out.x, from.out.x);
+  into.out.y = merged(w, into.out.y, from.out.y);
+  into.out.z = merged(w, into.out.z, from.out.z);
+  into.out.w = merged(w, into.out.w, from.out.w);
 }
+static_assert(kGroupSize / 2 * kHeadDim == kThreads * kValueDims, "of two blocks that share a row");
 
 // Blocks of a run before lane `lane`. A chunk of one block costs nearly as much as one of two: the
 // lanes of a short run hold two each, or none.
@@ -106,23 +106,22 @@ struct ListedRun {
   bool has_own;    // the last one is the row's own block
 };
 
-// Merges the parts of value `i` = head * kHeadDim + dimension into `total`.
+// Merges the parts of the values from `i` = head * kHeadDim + dimension on into `total`.
 template <int kCount>
-__device__ __forceinline__ void merge_parts(Value& total, const float* received, const Parts& parts,
-                                            int i) {
-  Value part[kCount];
-#pragma unroll
-  for (int p = 0; p < kCount; ++p) {
-    const int row = p * parts.heads + i / kHeadDim;
-    const float* stats = received + parts.stats + 2 * row;
-    part[p] = {stats[0], stats[1], received[parts.outs + p * parts.heads * kHeadDim + i]};
-  }
+__device__ __forceinline__ void merge_parts(Values& total, const float* received,
+                                            const Parts& parts, int i) {
   constexpr int kInner = kCount == kLanes ? kGroupLanes : 1;
 #pragma unroll
   for (int p = 0; p < kCount; p += kInner) {
-    Value group = kNothing;
+    Values group = kNothing;
 #pragma unroll
-    for (int j = p; j < p + kInner; ++j) merge(group, part[j]);
+    for (int j = p; j < p + kInner; ++j) {
+      const float2 stats = *reinterpret_cast<const float2*>(received + parts.stats +
+                                                            2 * (j * parts.heads + i / kHeadDim));
+      merge(group, {stats.x, stats.y,
+                    *reinterpret_cast<const float4*>(received + parts.outs +
+                                                     j * parts.heads * kHeadDim + i)});
+    }
     merge(total, group);
   }
 }
@@ -161,8 +160,6 @@ __global__ void __launch_bounds__(kAllThreads, 1)
   float* received = reinterpret_cast<float*>(shared + layout.received);
   int32_t* ids = reinterpret_cast<int32_t*>(shared + layout.ids);
 
-  // Few rows leave room for the compress_keys of the next step, which waits for this one's end.
-  if (splits > 1) allow_next_launch();
   const int splits_log2 = __ffs(splits) - 1;  // splits are powers of two
   const int rank = blockIdx.x & (splits - 1);
   const int token = token_of_row(params.batch, blockIdx.x >> splits_log2, by_request);
@@ -171,6 +168,22 @@ __global__ void __launch_bounds__(kAllThreads, 1)
   const int warp = thread / kWarpSize;
   const int lane = thread % kWarpSize;
 
+  static_assert(kGroupSize * kRowChunks == kThreads, "a thread copies one chunk of q");
+  if (token >= 0) {
+    // On their way while the row is looked up: its queries, and the table that it most likely has.
+    if (thread < kThreads) {
+      copy_chunk(shared_address(q_tile) + thread / kRowChunks * kQStride +
+                     thread % kRowChunks * kChunkBytes,
+                 static_cast<const T*>(params.q) + token * params.q_stride +
+                     kv_head * kGroupSize * kHeadDim + thread * 8,
+                 true);
+    } else {
+      touch_table(params.batch.block_tables +
+                      int64_t{min(token, params.batch.batch_size - 1)} * params.batch.max_blocks,
+                  params.batch.max_blocks, thread - kThreads, kLoaders * kWarpSize);
+    }
+    commit_copies();
+  }
   const Parts parts(splits);
   if (thread == 0) {
 #pragma unroll 1
@@ -186,6 +199,8 @@ __global__ void __launch_bounds__(kAllThreads, 1)
     }
     publish_barriers();
   }
+  __syncwarp();
+  if (splits > 1) cluster_arrive();
   if (thread == kThreads) {
     prefetch_map(&k_map);
     prefetch_map(&v_map);
@@ -193,21 +208,18 @@ __global__ void __launch_bounds__(kAllThreads, 1)
 
   QueryRow row;
   const bool is_row = token >= 0 && load_query_row(params.batch, token, &row);
+  wait_copies<0>();
   if (!is_row || is_prefill(row.query_len)) {
     if (!is_row && token >= 0 && rank == 0) write_padding<T>(params, token, kv_head);
+    if (splits > 1) cluster_wait();
     wait_without_row(by_request);
     return;
   }
   const int own = row.position / kBlockSize;
-  static_assert(kGroupSize * kRowChunks == kThreads, "a thread copies one chunk of q");
-  if (thread < kThreads) {
-    *reinterpret_cast<uint4*>(q_tile + thread / kRowChunks * kQStride +
-                              thread % kRowChunks * kChunkBytes) =
-        *reinterpret_cast<const uint4*>(static_cast<const T*>(params.q) + token * params.q_stride +
-                                        kv_head * kGroupSize * kHeadDim + thread * 8);
-  }
   __syncthreads();
-  if (splits > 1) cluster_arrive();
+  // Every block's barriers are ready for parts. All warps wait here: racecheck hangs where only
+  // some of a block's warps do.
+  if (splits > 1) cluster_wait();
 
   const bool is_dense = row.position + 1 < params.dense_len;
   const KnownRun known(own, is_dense, params.budget);
@@ -251,8 +263,6 @@ __global__ void __launch_bounds__(kAllThreads, 1)
       }
     };
     load_run(known.count, [&](int i) { return known.first + i; });
-    // The list may name any page.
-    if (!is_dense) touch_table(row.pages, own + 1, thread - kThreads, kLoaders * kWarpSize);
     // Of few candidates the list will name most: they come to L2 while it is made.
     const int candidates = known.first;
     if (splits == kLanes && loader == 1 && candidates <= 2 * (params.budget - known.count)) {
@@ -265,6 +275,9 @@ __global__ void __launch_bounds__(kAllThreads, 1)
         fetch_to_l2(static_cast<const char*>(params.v_cache) + tile, kTileBytes);
       }
     }
+    // The compress_keys of the next step may start, and wait for this one's end, once all tiles are
+    // on their way: earlier it would take multiprocessors from blocks that are still to come.
+    if (is_dense) allow_next_launch();
     if (loader == 0) wait_for_previous_launch();
     if (!is_dense) {
       if (loader == 0) {
@@ -299,15 +312,13 @@ __global__ void __launch_bounds__(kAllThreads, 1)
       }
       wait_phase(&is_listed, 0);
       load_run(listed_run.count, [&](int i) { return ids[i]; });
+      allow_next_launch();
     }
-    if (splits > 1) cluster_wait();
     return;
   }
 
-  if (splits > 1) cluster_wait();   // every block's barriers are ready for parts
   const int head = lane / 4;        // and + 8
   const int column = lane % 4 * 2;  // and + 1
-  float* held = reinterpret_cast<float*>(shared + layout.held) + thread;
   const uint32_t ring_address = shared_address(ring);
   const uint32_t q_address =
       shared_address(q_tile) + lane % 16 * kQStride + lane / 16 * kChunkBytes;
@@ -346,21 +357,26 @@ __global__ void __launch_bounds__(kAllThreads, 1)
   for (int step = 0; step < kKSteps; ++step)
     ldmatrix_x4(q[step], q_address + step * 2 * kChunkBytes);
 
+  // The row so far: of one block that has it alone, else the values that this thread merges.
+  Partial whole;
+  Values total;
+  const bool merges = splits > 1 && thread < parts.heads * kHeadDim / kValueDims;
   ListedRun run = {known.count, false, known.count > 0};
 #pragma unroll 1
   for (int number = 0;; ++number) {
     int end = lane_begin(run.count, first_lane);
     Partial group;
     group.clear();
-    if (splits == 1 && !run.has_known) {
-#pragma unroll
-      for (int i = 0; i < 12; ++i) held[i * kThreads] = i == 0 || i == 1 ? -INFINITY : 0.0f;
+    if (!run.has_known) {
+      whole.clear();
+      total = kNothing;
     }
 #pragma unroll 1
     for (int list_lane = first_lane; list_lane < first_lane + lanes_each; ++list_lane) {
       Partial lane_part;
       lane_part.clear();
       const int lane_end = lane_begin(run.count, list_lane + 1);
+      const int lane_first = end;
 #pragma unroll 1
       while (end < lane_end) {
         const int begin = end;
@@ -431,6 +447,7 @@ __global__ void __launch_bounds__(kAllThreads, 1)
           float sum = 0.0f;
 #pragma unroll
           for (int i = 0; i < kChunkBlocks; ++i) {
+            if (i == 2 && count <= 2) break;
             // Of a block that is not there: weights of 0.
             const float x = exp2_approx(__fmaf_rn(scores[i][2 * r], scale_log2, -base));
             const float y = exp2_approx(__fmaf_rn(scores[i][2 * r + 1], scale_log2, -base));
@@ -499,26 +516,21 @@ __global__ void __launch_bounds__(kAllThreads, 1)
           const float4 a = sums[0], b = sums[1];
           chunk.sum[r] = ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
         }
-        merge(lane_part, chunk);
+        if (begin == lane_first) {
+          lane_part = chunk;
+        } else {
+          merge(lane_part, chunk);
+        }
       }
 
-      merge(group, lane_part);
+      if (splits > kGroupLanes || list_lane % kGroupLanes == 0) {
+        group = lane_part;
+      } else {
+        merge(group, lane_part);
+      }
       if (splits <= kGroupLanes && list_lane % kGroupLanes != kGroupLanes - 1) continue;
       if (splits == 1) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const Weights w = merge_weights(held[r * kThreads], group.peak[r]);
-          held[r * kThreads] = w.peak;
-          const auto add = [&](int i, float x) {
-            held[i * kThreads] = merged(w, held[i * kThreads], x);
-          };
-          add(2 + r, group.sum[r]);
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            add(4 + 4 * r + 2 * n, group.out[n][2 * r]);
-            add(4 + 4 * r + 2 * n + 1, group.out[n][2 * r + 1]);
-          }
-        }
+        merge(whole, group);
       } else {
         const int slot = splits > kGroupLanes ? list_lane : list_lane / kGroupLanes;
         const int heads_log2 = 4 - splits_log2;
@@ -553,21 +565,11 @@ __global__ void __launch_bounds__(kAllThreads, 1)
 
     if (splits > 1) {
       wait_phase(has_parts + number, 0);
-      int v = 0;
-#pragma unroll 1
-      for (int i = thread; i < parts.heads * kHeadDim; i += kThreads, v += 3) {
-        Value total = kNothing;
-        if (run.has_known) {
-          total = {held[v * kThreads], held[(v + 1) * kThreads], held[(v + 2) * kThreads]};
-        }
-        if (splits > kGroupLanes) {
-          merge_parts<kLanes>(total, received + number * parts.floats, parts, i);
-        } else {
-          merge_parts<kLanes / kGroupLanes>(total, received + number * parts.floats, parts, i);
-        }
-        held[v * kThreads] = total.peak;
-        held[(v + 1) * kThreads] = total.sum;
-        held[(v + 2) * kThreads] = total.out;
+      const float* parts_of_run = received + number * parts.floats;
+      if (merges && splits > kGroupLanes) {
+        merge_parts<kLanes>(total, parts_of_run, parts, thread * kValueDims);
+      } else if (merges) {
+        merge_parts<kLanes / kGroupLanes>(total, parts_of_run, parts, thread * kValueDims);
       }
     }
     if (is_dense || number == 1) break;
@@ -584,30 +586,25 @@ __global__ void __launch_bounds__(kAllThreads, 1)
   if (splits == 1) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float sum = held[(2 + r) * kThreads];
-      const float scale = inverse(sum);
+      const float scale = inverse(whole.sum[r]);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         store_pair(out + (head + 8 * r) * kHeadDim + warp * kWarpDims + column + n * 8,
-                   __fmul_rn(held[(4 + 4 * r + 2 * n) * kThreads], scale),
-                   __fmul_rn(held[(4 + 4 * r + 2 * n + 1) * kThreads], scale));
+                   __fmul_rn(whole.out[n][2 * r], scale),
+                   __fmul_rn(whole.out[n][2 * r + 1], scale));
       }
       if (lse != nullptr && warp == 0 && lane % 4 == 0) {
-        lse[head + 8 * r] = natural_lse(held[r * kThreads], sum);
+        lse[head + 8 * r] = natural_lse(whole.peak[r], whole.sum[r]);
       }
     }
-    return;
-  }
-  int v = 0;
-#pragma unroll 1
-  for (int i = thread; i < parts.heads * kHeadDim; i += kThreads, v += 3) {
-    const float sum = held[(v + 1) * kThreads];
-    const float value = __fmul_rn(held[(v + 2) * kThreads], inverse(sum));
-    const float next = __shfl_down_sync(kAllLanes, value, 1);
-    const int first = rank * parts.heads * kHeadDim;
-    if (i % 2 == 0) store_pair(out + first + i, value, next);
+  } else if (merges) {
+    const int i = thread * kValueDims;
+    const float scale = inverse(total.sum);
+    *reinterpret_cast<uint2*>(out + rank * parts.heads * kHeadDim + i) =
+        make_uint2(Pair<T>::pack(__fmul_rn(total.out.x, scale), __fmul_rn(total.out.y, scale)),
+                   Pair<T>::pack(__fmul_rn(total.out.z, scale), __fmul_rn(total.out.w, scale)));
     if (lse != nullptr && i % kHeadDim == 0) {
-      lse[rank * parts.heads + i / kHeadDim] = natural_lse(held[v * kThreads], sum);
+      lse[rank * parts.heads + i / kHeadDim] = natural_lse(total.peak, total.sum);
     }
   }
 }
