@@ -242,7 +242,7 @@ bool plan_one_token(const LowBitLinearParams& params, const Device& device, OneT
   // Of a multiprocessor's shared memory, by a block: two find room, and never three.
   constexpr int kBlockBytes = 109 * 1024, kLeastBytes = 78 * 1024;
   // A deeper ring of the next launch takes more of the bandwidth that this one still needs.
-  constexpr int kTwoBitRing = 56 * 1024;
+  constexpr int kTwoBitRing = 56 * 1024, kLateRing = 72 * 1024;
   const LowBitWeight& weight = params.weight;
   if (device.major != 9 || params.num_tokens != 1 || weight.bits == 8) return false;
   if (weight.bits == 4 && has_many_rows(weight, device)) return false;
@@ -256,7 +256,12 @@ bool plan_one_token(const LowBitLinearParams& params, const Device& device, OneT
   const int parts =
       share <= kernel->row_tiles ? 1 : (k_tiles + kernel->part_tiles - 1) / kernel->part_tiles;
   const int x_bytes = parts * kernel->part_bytes;
-  const int room = std::min(kBlockBytes - x_bytes, weight.bits == 2 ? kTwoBitRing : kBlockBytes);
+  // A block that works on all its rows at once, through more than a ring holds: the next launch
+  // begins when a stage is free, and then copies a deeper ring.
+  const bool begins_late = weight.bits == 2 && share <= kernel->row_tiles &&
+                           k_tiles * tile_bytes(weight) * share > kLateRing;
+  const int most = weight.bits == 4 ? kBlockBytes : begins_late ? kLateRing : kTwoBitRing;
+  const int room = std::min(kBlockBytes - x_bytes, most);
   const int stages = std::min(room / kernel->stage_bytes, kMaxStages);
   if (stages < 2) return false;
   launch_params->qweight = weight.qweight;
@@ -269,6 +274,7 @@ bool plan_one_token(const LowBitLinearParams& params, const Device& device, OneT
   launch_params->group_shift = group_shift(weight);
   launch_params->zero = weight.zero;
   launch_params->num_stages = stages;
+  launch_params->next_launch_at = begins_late ? stages + 1 : 0;
   launch_params->x_parts = parts;
   shape->grid = dim3(blocks);
   shape->threads = kernel->threads;
@@ -351,55 +357,84 @@ Status launch_few_tokens(const LowBitLinearParams& params, const FewTokensLinear
   return launch_status(kOp, launch(kernel.kernel, shape, stream, launch_params));
 }
 
-// Whether the kernels for many tokens serve, and which.
-bool find_hopper(const LowBitLinearParams& params, const Device& device, HopperLinear* kernel) {
-  if (device.major != 9 || params.num_tokens <= 2 * kFewTokens) return false;
-  const auto kernel_of = params.weight.bits == 2   ? w2_linear_sm90
-                         : params.weight.bits == 4 ? w4_linear_sm90
-                                                   : w8_linear_sm90;
-  *kernel = kernel_of(params.dtype, params.num_tokens);
-  return kernel->is_built;
-}
+// How the kernels for many tokens are launched.
+struct HopperPlan {
+  LaunchShape shape;
+  int num_stages;
+  int sums_at;
+  int64_t longest;  // tiles that a block takes
+};
 
 // Into how many ranks the columns are split, and how deep the ring is: a block a multiprocessor
 // where its ring then holds half of its columns at least, else two.
-cudaError_t plan_hopper(const HopperLinear& kernel, int blocks, int k_tiles, const Device& device,
-                        LaunchShape* shape, HopperLinearParams* params) {
+cudaError_t plan_hopper(const HopperLinear& kernel, const LowBitWeight& weight,
+                        const Device& device, HopperPlan* result) {
   constexpr int kMostRanks = 8;
+  const int blocks = (tile_rows(weight) + kernel.tiles - 1) / kernel.tiles;
+  const int steps = (tile_columns(weight) + kernel.k_tiles - 1) / kernel.k_tiles;
   const int stage = kernel.stage_bytes + kernel.scale_bytes;
   const int token_tiles = kernel.max_tokens / 8;
+  const bool always_sends = kernel.sum_bytes == 0;
   const auto plan = [&](int bytes, int most_blocks, int least_bytes, bool apart) -> cudaError_t {
-    const int most = std::min({kMostRanks, k_tiles, most_blocks / blocks});
+    const int most = std::max(1, std::min({kMostRanks, steps, most_blocks / blocks}));
     for (int ranks = most; ranks >= 1; --ranks) {
-      const int steps = (k_tiles + ranks - 1) / ranks;
-      const bool sends = apart && ranks > 1;
+      const int longest = (steps + ranks - 1) / ranks;
+      const bool sends = always_sends || (apart && ranks > 1);
       const int received =
-          sends ? (token_tiles + ranks - 1) / ranks * (ranks - 1) * kernel.fragment_bytes : 0;
-      const int in_ring = sends ? token_tiles * kernel.fragment_bytes : kernel.sum_bytes;
+          sends ? (token_tiles + ranks - 1) / ranks * ranks * kernel.fragment_bytes : 0;
       const int beside = kSwizzleBytes + received;
+      const int in_ring = sends ? 0 : kernel.sum_bytes;
       const int fewest = std::max(2, (in_ring + kernel.stage_bytes - 1) / kernel.stage_bytes);
-      int& stages = params->num_stages;
-      stages = std::max(fewest, std::min({(bytes - beside) / stage, kMaxHopperStages, steps}));
-      params->sums_at = sends ? stages * stage : 0;
-      shape->shared_bytes = std::max(beside + stages * stage, least_bytes);
-      shape->cluster = ranks;
+      result->num_stages =
+          std::max(fewest, std::min({(bytes - beside) / stage, kMaxHopperStages, longest}));
+      result->sums_at = sends ? result->num_stages * stage : 0;
+      result->longest = int64_t{longest} * kernel.k_tiles * kernel.tiles;
+      result->shape.shared_bytes = std::max(beside + result->num_stages * stage, least_bytes);
+      result->shape.cluster = ranks;
+      result->shape.grid = dim3(blocks * ranks);
       int clusters = 0;
-      const cudaError_t error =
-          count_clusters(kernel.kernel, kernel.threads, shape->shared_bytes, ranks, &clusters);
+      const cudaError_t error = count_clusters(kernel.kernel, kernel.threads,
+                                               result->shape.shared_bytes, ranks, &clusters);
       if (error != cudaSuccess || clusters >= blocks) return error;
     }
     return cudaSuccess;
   };
-  cudaError_t error =
+  result->shape.threads = kernel.threads;
+  result->shape.overlap = true;
+  const cudaError_t error =
       plan(device.shared_bytes - kStaticBytes, device.multiprocessors * 9 / 8, kMoreThanHalf, true);
-  const int steps = (k_tiles + shape->cluster - 1) / shape->cluster;
-  const bool is_whole = blocks <= device.multiprocessors && steps <= 2 * params->num_stages;
-  if (error != cudaSuccess || is_whole) return error;
+  const int longest = (steps + result->shape.cluster - 1) / result->shape.cluster;
+  const bool is_whole = blocks <= device.multiprocessors && longest <= 2 * result->num_stages;
+  if (error != cudaSuccess || is_whole || always_sends) return error;
   return plan(kHalfBytes, std::max(device.multiprocessors * 17 / 8, blocks), 0, false);
 }
 
+// Whether the kernels for many tokens serve, and which: narrow blocks where these reach more
+// multiprocessors.
+bool find_hopper(const LowBitLinearParams& params, const Device& device, HopperLinear* kernel,
+                 HopperPlan* plan, cudaError_t* error) {
+  if (device.major != 9 || params.num_tokens <= 2 * kFewTokens) return false;
+  const LowBitWeight& weight = params.weight;
+  const auto kernel_of = weight.bits == 2   ? w2_linear_sm90
+                         : weight.bits == 4 ? w4_linear_sm90
+                                            : w8_linear_sm90;
+  *kernel = kernel_of(params.dtype, params.num_tokens, false);
+  if (!kernel->is_built) return false;
+  *error = plan_hopper(*kernel, weight, device, plan);
+  const HopperLinear narrow = kernel_of(params.dtype, params.num_tokens, true);
+  if (*error != cudaSuccess || !narrow.is_built || plan->sums_at == 0) return true;
+  HopperPlan other;
+  *error = plan_hopper(narrow, weight, device, &other);
+  const int blocks = other.shape.grid.x;
+  if (*error == cudaSuccess && blocks <= device.multiprocessors && other.longest < plan->longest) {
+    *kernel = narrow;
+    *plan = other;
+  }
+  return true;
+}
+
 Status launch_hopper(const LowBitLinearParams& params, const HopperLinear& kernel,
-                     const Device& device, void* stream) {
+                     const HopperPlan& plan, void* stream) {
   const LowBitWeight& weight = params.weight;
   const int k_tiles = tile_columns(weight);
   const cuuint64_t rows = tile_rows(weight);
@@ -407,12 +442,16 @@ Status launch_hopper(const LowBitLinearParams& params, const HopperLinear& kerne
   launch_params.out = params.out;
   launch_params.num_tokens = params.num_tokens;
   launch_params.out_features = weight.out_features;
-  launch_params.k_tiles = k_tiles;
+  const int steps = (k_tiles + kernel.k_tiles - 1) / kernel.k_tiles;
+  launch_params.rank_steps = steps / plan.shape.cluster;
+  launch_params.longer_ranks = steps % plan.shape.cluster;
+  launch_params.num_stages = plan.num_stages;
+  launch_params.sums_at = plan.sums_at;
   launch_params.tile_groups = scale_groups(weight);
   launch_params.group_shift = group_shift(weight);
   launch_params.zero = weight.zero;
   const void* x = nullptr;
-  cudaError_t error = find_x(params, stream, &x);
+  const cudaError_t error = find_x(params, stream, &x);
   if (error != cudaSuccess) return launch_status(kOp, error);
 
   // A box is at most 256 numbers wide.
@@ -430,15 +469,7 @@ Status launch_hopper(const LowBitLinearParams& params, const HopperLinear& kerne
   if (!status.ok()) return status;
   status = encode_x(params, x, kernel.max_tokens, &launch_params.x);
   if (!status.ok()) return status;
-
-  LaunchShape shape;
-  const int blocks = (static_cast<int>(rows) + kernel.tiles - 1) / kernel.tiles;
-  error = plan_hopper(kernel, blocks, k_tiles, device, &shape, &launch_params);
-  if (error != cudaSuccess) return launch_status(kOp, error);
-  shape.grid = dim3(blocks * shape.cluster);
-  shape.threads = kernel.threads;
-  shape.overlap = true;
-  return launch_status(kOp, launch(kernel.kernel, shape, stream, launch_params));
+  return launch_status(kOp, launch(kernel.kernel, plan.shape, stream, launch_params));
 }
 
 }  // namespace
@@ -494,7 +525,12 @@ Status run_low_bit_linear(const LowBitLinearParams& params, void* stream) {
     return launch_few_tokens(params, few_tokens, few_tokens_shape, stages, stream);
   }
   HopperLinear hopper;
-  if (find_hopper(params, device, &hopper)) return launch_hopper(params, hopper, device, stream);
+  HopperPlan hopper_plan;
+  cudaError_t hopper_error = cudaSuccess;
+  if (find_hopper(params, device, &hopper, &hopper_plan, &hopper_error)) {
+    if (hopper_error != cudaSuccess) return launch_status(kOp, hopper_error);
+    return launch_hopper(params, hopper, hopper_plan, stream);
+  }
   Plan plan;
   if (!plan_launch(params, device, &plan)) {
     return {std::string(kOp) + ": a block may use " + std::to_string(device.shared_bytes) +

@@ -11,6 +11,7 @@
 //
 // Every launch has one block a multiprocessor and every multiprocessor room for two blocks: the
 // blocks of the next launch settle one beside each of this launch and fill their rings meanwhile.
+// Where codes come from memory all the time they settle once this launch has emptied a stage.
 // After the wait for the launch before there remain x, its digits and the products.
 #pragma once
 
@@ -31,6 +32,7 @@ struct OneTokenParams {
   int32_t group_shift;  // columns to groups
   int32_t zero;
   int32_t num_stages;
+  int32_t next_launch_at;  // lets the next launch begin with this stage; 0: at once
   int32_t x_parts;  // of kPartTiles tiles of columns a warp: that are kept as digits at a time
 };
 
@@ -261,17 +263,18 @@ __global__ void __launch_bounds__(OneTokenShape<kBits, kRowTiles>::kThreads, 2)
     no_digits = make_uint4(0, 0, 0, 0);
     publish_barriers();
   }
-  allow_next_launch();
+  if (params.next_launch_at == 0) allow_next_launch();
   __syncthreads();
 
   if (warp == kKWarps) {
     // No earlier launch writes weights: they need not wait for its end.
-    int slot = 0;
+    int slot = 0, stages = 0;
     uint32_t parity = 1;  // the phase before the first has ended
     for (int tile = first_tile; tile < last_tile; tile += kRowTiles) {
       const int tiles = min(kRowTiles, last_tile - tile);
       for (int k_tile = 0; k_tile < k_tiles; k_tile += kColumnTiles) {
         wait_phase(shared_address(&empty[slot]), parity);
+        if (++stages == params.next_launch_at) allow_next_launch();
         const int count = min(kColumnTiles, k_tiles - k_tile);
         const int first_group = (k_tile * kTileColumns) >> params.group_shift;
         const int group_bytes =

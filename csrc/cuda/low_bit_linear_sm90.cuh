@@ -2,12 +2,12 @@
 // from registers, where their codes have just become levels; tokens are operand B, read by all
 // warpgroups from where the copy engine put them.
 //
-// One thread copies codes, scales and x, a stage of 128 columns at a time, by tensor maps: x in the
-// order that wgmma reads, straight from where the launch before left it. What a map does not hold
-// (rows beyond the last, tokens beyond the last) arrives as 0. Codes of 32 columns are taken apart
-// while the products of the 32 before them run. Blocks of a cluster split the columns. Where
-// there is memory beside the ring each sends its sums to the rank that stores them, else they read
-// each other's in place of the ring. They add up in the order of their ranks: the result is
+// One thread copies codes and scales, another x, a stage of 128 columns or two at a time, by tensor
+// maps: x in the order that wgmma reads, straight from where the launch before left it. What a map
+// does not hold (rows, columns or tokens beyond the last) arrives as 0. Codes of 32 columns are
+// taken apart while the products of the 32 before them run. Blocks of a cluster split the columns.
+// Where there is memory beside the ring each sends its sums to the rank that stores them, else they
+// read each other's in place of the ring. They add up in the order of their ranks: the result is
 // deterministic.
 #pragma once
 
@@ -29,13 +29,14 @@ struct HopperLinearParams {
   void* out;
   int32_t num_tokens;
   int32_t out_features;
-  int32_t k_tiles;
   int32_t code_words;   // numbers of a tile in the map of codes
   int32_t tile_groups;  // groups of kTileColumns columns that have scales of their own
   int32_t group_shift;  // columns to groups
   int32_t zero;
   int32_t num_stages;
-  int32_t sums_at;  // in shared memory, for the sums that ranks send each other; 0: none does
+  int32_t sums_at;       // in shared memory, for the sums that ranks send each other; 0: none does
+  int32_t rank_steps;    // stages a rank takes at least
+  int32_t longer_ranks;  // the first ones, which take one more
 };
 
 // What a launch of one of the kernels below needs to know about it.
@@ -43,18 +44,21 @@ struct HopperLinear {
   void (*kernel)(HopperLinearParams);
   bool is_built;  // false: compiled for other devices only
   int max_tokens;
-  int tiles;  // tiles of kTileRows rows a block works on
+  int tiles;    // tiles of kTileRows rows a block works on
+  int k_tiles;  // of kTileColumns columns a stage holds
   int threads;
   int stage_bytes;     // of the ring, without scales
   int scale_bytes;     // of a stage
-  int sum_bytes;       // at the end, in place of the ring
+  int sum_bytes;       // at the end, in place of the ring; 0: blocks always send their sums
   int fragment_bytes;  // sums of 8 tokens
 };
 
-// The kernel for `num_tokens`, instantiated in w2_linear.cu, w4_linear.cu and w8_linear.cu.
-HopperLinear w2_linear_sm90(int32_t dtype, int num_tokens);
-HopperLinear w4_linear_sm90(int32_t dtype, int num_tokens);
-HopperLinear w8_linear_sm90(int32_t dtype, int num_tokens);
+// The kernel for `num_tokens`, instantiated in w2_linear.cu, w4_linear.cu and w8_linear.cu, with
+// blocks of 128 rows or, `narrow`, of 64 rows whose warpgroups take columns by turns; these are
+// not built for all numbers of tokens.
+HopperLinear w2_linear_sm90(int32_t dtype, int num_tokens, bool narrow);
+HopperLinear w4_linear_sm90(int32_t dtype, int num_tokens, bool narrow);
+HopperLinear w8_linear_sm90(int32_t dtype, int num_tokens, bool narrow);
 
 constexpr int kMaxHopperStages = 24;
 constexpr int kSwizzleBytes = 1024;  // what the copy engine swizzles starts on multiples of it
@@ -63,6 +67,11 @@ namespace {
 
 #ifdef MINICPM41_HAS_WGMMA
 
+__device__ __forceinline__ int cluster_index() {
+  uint32_t index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return static_cast<int>(index);
+}
 // A box of a tensor map into shared memory; it completes on `barrier`.
 __device__ __forceinline__ void copy_box(const CUtensorMap* map, uint32_t target, uint64_t* barrier,
                                          int x, int y) {
@@ -95,6 +104,49 @@ __device__ __forceinline__ void copy_to_block(uint32_t target, const void* sourc
 __device__ __forceinline__ void leave_cluster() {
   cluster_arrive();
   cluster_wait();
+}
+
+// As wait_phase by a pointer, by an address.
+__device__ __forceinline__ void wait_full(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra finished;\nbra again;\nfinished:\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+// Loads that stay behind the wait before them, as ordinary ones do not.
+__device__ __forceinline__ uint32_t load_in_order(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint2 load_pair_in_order(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint4 load_chunk_in_order(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+// A lane's codes of 32 columns of a tile, as the decoder wants them.
+template <typename T, int kBits>
+__device__ __forceinline__ typename Decoder<T, kBits>::Codes load_codes(uint32_t tile, int half,
+                                                                        int block) {
+  if constexpr (kBits == 2) {
+    return load_pair_in_order(tile + half * 8);
+  } else if constexpr (kBits == 4) {
+    const uint2 own = load_pair_in_order(tile + half * kWarpSize * 16 + block * 8);
+    return make_uint4(own.x, own.y, own.x, own.y);
+  } else {
+    const uint4 own = load_chunk_in_order(tile + (2 * half + block) * kWarpSize * 16);
+    return {own, own};
+  }
 }
 
 // d (+)= A B for 64 rows, 16 of them a warp, and twice as many tokens as d has numbers.
@@ -166,37 +218,74 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   return d;
 }
 
-// kTokens tokens, kGroups warpgroups. kScalesLevels: levels are multiplied by their group's scale
-// and rounded to T, as a framework rounds a weight, and one sum runs through all columns; else a
-// group's exact levels are summed and the sum is multiplied.
-template <typename T, int kBits, int kTokens, int kGroups>
+#ifdef MINICPM41_HAS_WGMMA
+// Levels of 32 columns in bfloat16 for two products, each multiplied by its scale and rounded once:
+// `factors` are the scales of the two rows that a lane has.
+template <int kBits>
+__device__ __forceinline__ void scale_levels(
+    const Decoder<__nv_bfloat16, kBits>& decode,
+    const typename Decoder<__nv_bfloat16, kBits>::Codes& codes, int block,
+    const uint32_t (&factors)[2], uint32_t (&a)[2][4]) {
+  using T = __nv_bfloat16;
+  if constexpr (kBits == 8) {
+    // Fewer instructions than through fp32: seven bits become the last places of 128, and the
+    // eighth decides whether 128 or 256 is taken off. Both steps are exact.
+    const uint4 chunk = codes.blocks[block];
+    const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int row_half = i / 4, pair = i % 4;
+      const uint32_t bytes =
+          __byte_perm(words[2 * row_half + pair / 2], 0, pair % 2 == 0 ? 0x4140 : 0x4342);
+      const uint32_t low = mask_or(bytes, 0x007f007fu, Magic<T>::kBits);
+      a[pair / 2][pair % 2 * 2 + row_half] =
+          Magic<T>::fma(low, 0x3f803f80u, (bytes & 0x00800080u) ^ 0xc380c380u);
+    }
+  } else {
+    decode(codes, block, a);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    a[i / 4][i % 4] = multiply_pairs<T>(a[i / 4][i % 4], factors[i % 2]);
+  }
+}
+#endif  // MINICPM41_HAS_WGMMA
+
+// kTokens tokens, warpgroups of kRowGroups times 64 rows by kSets tiles of columns. kScalesLevels:
+// levels are multiplied by their group's scale and rounded to T, as a framework rounds a weight,
+// and one sum runs through all columns; else a group's exact levels are summed and the sum is
+// multiplied.
+template <typename T, int kBits, int kTokens, int kRowGroups, int kSets>
 struct HopperShape {
   static constexpr bool kScalesLevels = kTokens == 64 && std::is_same<T, __nv_bfloat16>::value;
-  static constexpr int kConsumers = kGroups * kWarpGroup;
-  static constexpr int kThreads = kConsumers + kWarpSize;
+  static constexpr int kConsumers = kRowGroups * kSets * kWarpGroup;
+  static constexpr int kThreads = kConsumers + 2 * kWarpSize;
   // That share a multiprocessor. Sums of exact levels beside the running ones take their registers.
   static constexpr int kBlocks = kTokens == 64 && !kScalesLevels ? 1 : 2;
-  static constexpr int kTiles = kGroups * kGroupTiles;
+  static constexpr int kTiles = kRowGroups * kGroupTiles;
   static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kTileBytes = kTileRows * kTileColumns / 8 * kBits;
   static constexpr int kXBytes = kTokens * kXRowBytes;
-  static constexpr int kStageBytes = kXBytes + kTiles * kTileBytes;
-  static constexpr int kScaleBytes = kTiles * kMaxGroupsPerTile * kGroupScaleBytes;
+  static constexpr int kCodesAt = kSets * kXBytes;
+  static constexpr int kStageBytes = kSets * (kXBytes + kTiles * kTileBytes);
+  static constexpr int kScaleBytes = kTiles * kMaxGroupsPerTile * kGroupScaleBytes;  // of a set
   // Sums lie token by token, padded so that a warp's tokens fall into different banks.
   static constexpr int kSumStride = kRows + 4;
   static constexpr int kSumBytes = kTokens * kSumStride * 4;
   static constexpr int kTokenTiles = kTokens / 8;
-  static constexpr int kFragmentBytes = kConsumers * 16;  // sums of 8 tokens
+  static constexpr int kFragmentBytes = kConsumers * 16;  // sums of 8 tokens, of all sets
+  static constexpr int kSetBytes = kFragmentBytes / kSets;
   static_assert(kStageBytes % kSwizzleBytes == 0, "x of each stage is swizzled");
-  static_assert(kTokenTiles <= kTiles, "each warp sends those of 8 tokens");
+  static_assert(kSets == 1 || kScalesLevels, "only one sum runs through all columns");
 };
 
-template <typename T, int kBits, int kTokens, int kGroups>
-__global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kGroups>::kThreads,
-                                  HopperShape<T, kBits, kTokens, kGroups>::kBlocks)
+template <typename T, int kBits, int kTokens, int kRowGroups, int kSets>
+__global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kRowGroups, kSets>::kThreads,
+                                  HopperShape<T, kBits, kTokens, kRowGroups, kSets>::kBlocks)
     low_bit_linear_sm90_kernel(const __grid_constant__ HopperLinearParams params) {
 #ifdef MINICPM41_HAS_WGMMA
-  using C = HopperShape<T, kBits, kTokens, kGroups>;
+  using C = HopperShape<T, kBits, kTokens, kRowGroups, kSets>;
+  constexpr int kConsumerWarps = C::kConsumers / kWarpSize;
   __shared__ uint64_t full[kMaxHopperStages], empty[kMaxHopperStages], received;
   extern __shared__ __align__(128) uint8_t dynamic[];
   uint8_t* const shared = dynamic + (-shared_address(dynamic) & (kSwizzleBytes - 1));
@@ -208,59 +297,59 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kGroups>::kThre
   const int lane = threadIdx.x % kWarpSize;
   const int ranks = cluster_size();
   const int rank = cluster_rank();
-  const int first_k = params.k_tiles * rank / ranks;
-  const int steps = params.k_tiles * (rank + 1) / ranks - first_k;
-  const int first_tile = blockIdx.x / ranks * C::kTiles;
+  const int first_step = rank * params.rank_steps + min(rank, params.longer_ranks);
+  const int steps = params.rank_steps + (rank < params.longer_ranks ? 1 : 0);
+  const int first_tile = cluster_index() * C::kTiles;
+  const bool sends_sums = params.sums_at > 0;
 
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < num_stages; ++slot) {
-      init_barrier(&full[slot], 1);
-      init_barrier(&empty[slot], C::kTiles);
+      init_barrier(&full[slot], 2);
+      init_barrier(&empty[slot], kConsumerWarps);
     }
     init_barrier(&received, 1);
     publish_barriers();
   }
   allow_next_launch();
   __syncthreads();
-  const bool sends_sums = params.sums_at > 0;
   if (sends_sums) cluster_arrive();
 
-  if (warp == C::kConsumers / kWarpSize) {
+  if (warp >= kConsumerWarps) {
+    // No earlier launch writes weights: as many as there is room for come before its end.
+    const bool copies_x = warp > kConsumerWarps;
     if (lane == 0) {
-      prefetch_map(&params.codes);
-      prefetch_map(&params.scales);
-      prefetch_map(&params.x);
       const int scale_bytes = C::kTiles * params.tile_groups * kGroupScaleBytes;
-      const auto copy_weights = [&](int slot, int step) {
-        const int k_tile = first_k + step;
-        arrive_expecting(&full[slot], C::kStageBytes + scale_bytes);
-        copy_box(&params.codes, base + slot * C::kStageBytes + C::kXBytes, &full[slot],
-                 k_tile * params.code_words, first_tile);
-        copy_box(&params.scales, base + scales_at + slot * C::kScaleBytes, &full[slot],
-                 ((k_tile * kTileColumns) >> params.group_shift) * kTileRows / 2, first_tile);
-      };
-      const auto copy_x = [&](int slot, int step) {
-        copy_box(&params.x, base + slot * C::kStageBytes, &full[slot], 0, 0, 2 * (first_k + step));
-      };
-      // No earlier launch writes weights: as many as there is room for come before its end.
-      const int ahead = min(steps, num_stages);
-      for (int i = 0; i < ahead; ++i) copy_weights(i, i);
-      wait_for_previous_launch();
-      for (int i = 0; i < ahead; ++i) copy_x(i, i);
+      if (copies_x) {
+        prefetch_map(&params.x);
+        wait_for_previous_launch();
+      }
       int slot = 0;
-      uint32_t parity = 0;
-      for (int i = ahead; i < steps; ++i) {
+      uint32_t parity = 1;  // the phase before the first has ended
+      for (int i = 0; i < steps; ++i) {
         wait_phase(&empty[slot], parity);
-        copy_weights(slot, i);
-        copy_x(slot, i);
+        const uint32_t stage = base + slot * C::kStageBytes;
+        const int k_tile = (first_step + i) * kSets;
+        arrive_expecting(&full[slot],
+                         copies_x ? kSets * C::kXBytes
+                                  : C::kStageBytes - kSets * C::kXBytes + kSets * scale_bytes);
+#pragma unroll
+        for (int set = 0; set < kSets; ++set) {
+          if (copies_x) {
+            copy_box(&params.x, stage + set * C::kXBytes, &full[slot], 0, 0, 2 * (k_tile + set));
+          } else {
+            copy_box(&params.codes, stage + C::kCodesAt + set * C::kTiles * C::kTileBytes,
+                     &full[slot], (k_tile + set) * params.code_words, first_tile);
+            copy_box(&params.scales, base + scales_at + (slot * kSets + set) * C::kScaleBytes,
+                     &full[slot],
+                     (((k_tile + set) * kTileColumns) >> params.group_shift) * kTileRows / 2,
+                     first_tile);
+          }
+        }
         if (++slot == num_stages) slot = 0, parity ^= 1;
       }
     }
     __syncwarp();
-    if (sends_sums) {
-      cluster_wait();
-      leave_cluster();
-    } else if (ranks > 1) {
+    if (!sends_sums && ranks > 1) {
       meet_cluster();
       meet_cluster();
     }
@@ -268,8 +357,13 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kGroups>::kThre
   }
 
   const Decoder<T, kBits> decode(params.zero);
-  const int codes_at = C::kXBytes + warp * C::kTileBytes + lane * 16;
-  const int pair_at = warp * params.tile_groups * kGroupScaleBytes + lane / 4 * 4;
+  // Taken from one lane, so that the compiler knows it to be the same in all: addresses of operand
+  // B are then uniform registers from the start.
+  const int set = kSets == 1 ? 0 : __shfl_sync(kAllLanes, warp / C::kTiles, 0);
+  const int tile_of_warp = warp % C::kTiles;
+  const int codes_at = C::kCodesAt + warp * C::kTileBytes + lane * 16;
+  const int pair_at =
+      set * C::kScaleBytes + lane / 4 * 4 + tile_of_warp * params.tile_groups * kGroupScaleBytes;
   const int second_group = (params.tile_groups - 1) * kGroupScaleBytes;
   float acc[kTokens / 2] = {};
   float sum[C::kScalesLevels ? 1 : kTokens / 2] = {};
@@ -289,40 +383,59 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kGroups>::kThre
   int slot = 0;
   int last_slot = 0;
   uint32_t parity = 0;
-  for (int step = 0; step < steps; ++step) {
-    wait_phase(&full[slot], parity);
-    const uint8_t* stage = shared + slot * C::kStageBytes;
-    const uint8_t* pairs = shared + scales_at + slot * C::kScaleBytes + pair_at;
-    const auto load_scale = [&](int half) {
-      return Pair<__nv_bfloat16>::unpack(load<uint32_t>(pairs + half * second_group));
-    };
+  if constexpr (C::kScalesLevels) {
+    const uint32_t full_at = once(shared_address(full)), empty_at = once(shared_address(empty));
+    const uint32_t codes_from = once(base + codes_at);
+    const uint32_t pairs_from = once(base + scales_at + pair_at);
+    const uint32_t x_from = once(operand(base + set * C::kXBytes, 0));
+    for (int step = 0; step < steps; ++step) {
+      wait_full(full_at + slot * 8, parity);
+      const uint32_t codes = codes_from + slot * C::kStageBytes;
+      const uint32_t pairs = pairs_from + slot * kSets * C::kScaleBytes;
+      const uint32_t x = x_from + slot * (C::kStageBytes >> 4);
+      uint32_t factors[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const auto codes = decode.load(stage + codes_at, half);
-      const uint32_t x = operand(base + slot * C::kStageBytes + half * (C::kXBytes / 2), 0);
-      // All products of the stage before have ended.
-      const auto release = [&] {
-        if (half == 0 && step > 0 && lane == 0) arrive(&empty[last_slot]);
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int block = 0; block < 2; ++block) {
+          wait_products<1>();  // those that read a[block]
+          const auto own = load_codes<T, kBits>(codes, half, block);
+          if (block == 0) {
+            const uint32_t pair = load_in_order(pairs + half * second_group);
+            factors[0] = __byte_perm(pair, pair, 0x1010);
+            factors[1] = __byte_perm(pair, pair, 0x3232);
+          }
+          scale_levels<kBits>(decode, own, block, factors, a[block]);
+          // All products of the stage before have ended.
+          if (half == 0 && block == 1 && step > 0 && lane == 0) arrive(empty_at + last_slot * 8);
+          begin_products();
+          const uint32_t columns = x + half * (C::kXBytes >> 5) + block * 4;
+          product<T>(acc, a[block][0], columns, true);
+          product<T>(acc, a[block][1], columns + 2, true);
+          end_products();
+        }
+      }
+      last_slot = slot;
+      if (++slot == num_stages) slot = 0, parity ^= 1;
+    }
+  } else {
+    for (int step = 0; step < steps; ++step) {
+      wait_phase(&full[slot], parity);
+      const uint8_t* stage = shared + slot * C::kStageBytes;
+      const uint8_t* pairs = shared + scales_at + slot * C::kScaleBytes + pair_at;
+      const auto load_scale = [&](int half) {
+        return Pair<__nv_bfloat16>::unpack(load<uint32_t>(pairs + half * second_group));
       };
 #pragma unroll
-      for (int block = 0; block < 2; ++block) {
-        if constexpr (C::kScalesLevels) {
-          wait_products<1>();  // those that read a[block]
-          decode(codes, block, a[block]);
-          if (block == 0) scale = load_scale(half);
-          const uint32_t factors[2] = {Pair<T>::pack(scale.x, scale.x),
-                                       Pair<T>::pack(scale.y, scale.y)};
+      for (int half = 0; half < 2; ++half) {
+        const auto codes = decode.load(stage + codes_at, half);
+        const uint32_t x = operand(base + slot * C::kStageBytes + half * (C::kXBytes / 2), 0);
+        // All products of the stage before have ended.
+        const auto release = [&] {
+          if (half == 0 && step > 0 && lane == 0) arrive(&empty[last_slot]);
+        };
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            uint32_t& pair = a[block][i / 4][i % 4];
-            pair = multiply_pairs<T>(pair, factors[i % 2]);
-          }
-          if (block == 1) release();
-          begin_products();
-          product<T>(acc, a[block][0], x + block * 4, true);
-          product<T>(acc, a[block][1], x + block * 4 + 2, true);
-          end_products();
-        } else {
+        for (int block = 0; block < 2; ++block) {
           if (block == 1) wait_products<1>();
           decode(codes, block, a[block]);
           if (block == 0) {
@@ -336,18 +449,18 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kGroups>::kThre
           end_products();
         }
       }
+      last_slot = slot;
+      if (++slot == num_stages) slot = 0, parity ^= 1;
     }
-    last_slot = slot;
-    if (++slot == num_stages) slot = 0, parity ^= 1;
   }
   add_sum();
 
   T* const out = static_cast<T*>(params.out);
-  const int row = (first_tile + warp) * kTileRows;
+  const int row = (first_tile + tile_of_warp) * kTileRows;
   const auto sum_of_tile = [&](int tile) {
     return make_float4(acc[4 * tile], acc[4 * tile + 1], acc[4 * tile + 2], acc[4 * tile + 3]);
   };
-  if (ranks == 1) {
+  if (!sends_sums && ranks == 1) {
 #pragma unroll
     for (int tile = 0; tile < C::kTokenTiles; ++tile) {
       store_fragment<T>(out, sum_of_tile(tile), Decoder<T, kBits>::kScale, tile * 8,
@@ -355,10 +468,10 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kGroups>::kThre
     }
     return;
   }
-  // The ring becomes room for sums once all warps are through with it.
-  constexpr int kRingRead = 1;
-  sync_named(kRingRead, C::kConsumers);
   if (!sends_sums) {
+    // The ring becomes room for sums once all warps are through with it.
+    constexpr int kRingRead = 1;
+    sync_named(kRingRead, C::kConsumers);
     float* const sums = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) {
@@ -397,68 +510,70 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kGroups>::kThre
     meet_cluster();
     return;
   }
-  // Of each rank's sums those of 8 tokens go to one rank, to the same warp and lane there.
+  // Sums of 8 tokens go to one rank, to the same lane there. Nobody needs to stay for the others:
+  // what a block receives it waits for.
+  uint8_t* const own_sums = shared + params.sums_at + (tile_of_warp * kWarpSize + lane) * 16;
   if (threadIdx.x == 0) {
-    const int tiles = (C::kTokenTiles - rank + ranks - 1) / ranks;
-    arrive_expecting(&received, tiles * (ranks - 1) * C::kFragmentBytes);
+    const int own_tiles = (C::kTokenTiles - rank + ranks - 1) / ranks;
+    arrive_expecting(&received, own_tiles * ranks * C::kFragmentBytes);
   }
+  cluster_wait();  // every block of the cluster runs
+  int owner = 0;
+  uint8_t* place = own_sums + (rank * kSets + set) * C::kSetBytes;
 #pragma unroll
   for (int tile = 0; tile < C::kTokenTiles; ++tile) {
-    reinterpret_cast<float4*>(shared + tile * C::kFragmentBytes)[threadIdx.x] = sum_of_tile(tile);
+    send(address_in_block(place, owner), address_in_block(&received, owner), sum_of_tile(tile));
+    if (++owner == ranks) owner = 0, place += ranks * C::kFragmentBytes;
   }
-  publish_writes();
-  sync_named(kRingRead, C::kConsumers);
-  cluster_wait();  // every block of the cluster runs
-  // What rank `from` sends to the one that stores the tile.
-  const auto sum_from = [&](int tile, int owner, int from) {
-    const int place = tile / ranks * (ranks - 1) + from - (from > owner ? 1 : 0);
-    return shared + params.sums_at + place * C::kFragmentBytes;
-  };
-  const int to_rank = warp % ranks;
-  if (warp < C::kTokenTiles && to_rank != rank && lane == 0) {
-    copy_to_block(address_in_block(sum_from(warp, to_rank, rank), to_rank),
-                  shared + warp * C::kFragmentBytes, C::kFragmentBytes,
-                  address_in_block(&received, to_rank));
-  }
-  __syncwarp();
   wait_phase(&received, 0);
-  cluster_arrive();  // who sent may leave
   // This runs once: unrolled, its instructions would take longer to come than to run.
 #pragma unroll 1
-  for (int tile = rank; tile < C::kTokenTiles; tile += ranks) {
+  for (int i = set; rank + i * ranks < C::kTokenTiles; i += kSets) {
+    const uint8_t* part = own_sums + i * ranks * C::kFragmentBytes;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 1
-    for (int from = 0; from < ranks; ++from) {
-      const uint8_t* part =
-          from == rank ? shared + tile * C::kFragmentBytes : sum_from(tile, rank, from);
-      add(sum, reinterpret_cast<const float4*>(part)[threadIdx.x]);
+#pragma unroll 4
+    for (int from = 0; from < ranks * kSets; ++from, part += C::kSetBytes) {
+      add(sum, load<float4>(part));
     }
-    store_fragment<T>(out, sum, Decoder<T, kBits>::kScale, tile * 8, params.num_tokens, row,
-                      params.out_features, lane);
+    store_fragment<T>(out, sum, Decoder<T, kBits>::kScale, (rank + i * ranks) * 8,
+                      params.num_tokens, row, params.out_features, lane);
   }
-  cluster_wait();
 #endif
 }
 
-template <typename T, int kBits, int kTokens>
+template <typename T, int kBits, int kTokens, int kRowGroups, int kSets>
 HopperLinear describe_sm90() {
-  constexpr int kGroups = 2;
-  using C = HopperShape<T, kBits, kTokens, kGroups>;
-  const auto kernel = low_bit_linear_sm90_kernel<T, kBits, kTokens, kGroups>;
+  using C = HopperShape<T, kBits, kTokens, kRowGroups, kSets>;
+  const auto kernel = low_bit_linear_sm90_kernel<T, kBits, kTokens, kRowGroups, kSets>;
   static const bool is_built = holds_kernel(kernel);
-  return {kernel,         is_built,       kTokens,      C::kTiles,        C::kThreads,
-          C::kStageBytes, C::kScaleBytes, C::kSumBytes, C::kFragmentBytes};
+  return {kernel,
+          is_built,
+          kTokens,
+          C::kTiles,
+          kSets,
+          C::kThreads,
+          C::kStageBytes,
+          kSets * C::kScaleBytes,
+          kSets == 1 ? C::kSumBytes : 0,
+          C::kFragmentBytes};
 }
 
 template <typename T, int kBits>
-HopperLinear sm90_kernel_for(int num_tokens) {
-  return num_tokens <= 32 ? describe_sm90<T, kBits, 32>() : describe_sm90<T, kBits, 64>();
+HopperLinear sm90_kernel_for(int num_tokens, bool narrow) {
+  if (narrow) {
+    if constexpr (HopperShape<T, kBits, 64, 2, 1>::kScalesLevels) {
+      if (num_tokens > 32) return describe_sm90<T, kBits, 64, 1, 2>();
+    }
+    return {};
+  }
+  return num_tokens <= 32 ? describe_sm90<T, kBits, 32, 2, 1>()
+                          : describe_sm90<T, kBits, 64, 2, 1>();
 }
 
 template <int kBits>
-HopperLinear sm90_kernel_for(int32_t dtype, int num_tokens) {
-  return dtype == kFloat16 ? sm90_kernel_for<__half, kBits>(num_tokens)
-                           : sm90_kernel_for<__nv_bfloat16, kBits>(num_tokens);
+HopperLinear sm90_kernel_for(int32_t dtype, int num_tokens, bool narrow) {
+  return dtype == kFloat16 ? sm90_kernel_for<__half, kBits>(num_tokens, narrow)
+                           : sm90_kernel_for<__nv_bfloat16, kBits>(num_tokens, narrow);
 }
 
 }  // namespace

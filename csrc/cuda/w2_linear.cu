@@ -8,8 +8,8 @@ LinearKernel w2_linear_kernel(int32_t dtype, int num_tokens, bool has_many_rows)
   return kernel_for<2>(dtype, num_tokens, has_many_rows);
 }
 
-HopperLinear w2_linear_sm90(int32_t dtype, int num_tokens) {
-  return sm90_kernel_for<2>(dtype, num_tokens);
+HopperLinear w2_linear_sm90(int32_t dtype, int num_tokens, bool narrow) {
+  return sm90_kernel_for<2>(dtype, num_tokens, narrow);
 }
 
 FewTokensLinear w2_linear_few_tokens(int32_t dtype, int num_tokens) {
