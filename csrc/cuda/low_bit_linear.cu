@@ -1,6 +1,6 @@
 // The host's side of low_bit_linear: which kernel, how many blocks, how deep a ring; and the
 // Hadamard transform of x, which goes first where a weight wants it.
-#include "low_bit_linear_few_tokens.cuh"
+#include "low_bit_linear_even_shares.cuh"
 #include "low_bit_linear_one_token.cuh"
 
 namespace minicpm41 {
@@ -211,8 +211,9 @@ cudaError_t find_x(const LowBitLinearParams& params, void* stream, const void** 
   return arrange(params, 0, params.num_tokens, true, true, stream);
 }
 
-// A map of x in boxes of kTileColumns columns by `tokens`.
-Status encode_x(const LowBitLinearParams& params, const void* x, int tokens, CUtensorMap* map) {
+// A map of x in boxes of `tiles` tiles of columns by `tokens`.
+Status encode_x(const LowBitLinearParams& params, const void* x, int tiles, int tokens,
+                CUtensorMap* map) {
   // Rows of 64 numbers, the most that a swizzle takes: the second half is a third dimension.
   constexpr cuuint32_t kHalf = kTileColumns / 2;
   constexpr cuuint64_t kBytes = 2;
@@ -221,7 +222,7 @@ Status encode_x(const LowBitLinearParams& params, const void* x, int tokens, CUt
       kOp,
       params.dtype == kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
       x, {kHalf, cuuint64_t(params.num_tokens), columns / kHalf},
-      {kBytes * columns, kBytes * kHalf}, {kHalf, cuuint32_t(tokens), 2},
+      {kBytes * columns, kBytes * kHalf}, {kHalf, cuuint32_t(tokens), 2 * cuuint32_t(tiles)},
       CU_TENSOR_MAP_SWIZZLE_128B, map);
 }
 
@@ -294,6 +295,112 @@ Status launch_one_token(const LowBitLinearParams& params, const OneTokenLinear& 
   return launch_status(kOp, error);
 }
 
+// How a launch with even shares of rows shares its work.
+struct EvenSharesPlan {
+  EvenSharesLinear kernel;
+  LaunchShape shape;
+  int stages;
+  int sums_at;
+};
+
+// Whether the kernel so arranged serves, with its blocks all at once. `two_launches`: a block takes
+// half of a multiprocessor, and each multiprocessor gets one of each launch.
+bool plan_even_shares(const LowBitLinearParams& params, const Device& device,
+                      EvenSharesArrangement how, int ranks, bool two_launches,
+                      EvenSharesPlan* plan) {
+  // Room for two, and never for three.
+  constexpr int kHalf = 225 * 512, kMoreThanThird = 78 * 1024;
+  const LowBitWeight& weight = params.weight;
+  const EvenSharesLinear kernel = weight.bits == 2
+                                      ? w2_linear_even_shares(params.dtype, params.num_tokens, how)
+                                      : w4_linear_even_shares(params.dtype, params.num_tokens, how);
+  const int rows = tile_rows(weight), k_tiles = tile_columns(weight);
+  if (!kernel.is_built || ranks > k_tiles) return false;
+  const int most = device.multiprocessors / ranks;
+  const int blocks = two_launches ? std::min(rows, most) : (rows + kernel.tiles - 1) / kernel.tiles;
+  if (blocks > most || rows > blocks * kernel.tiles) return false;
+  const int received =
+      ranks > 1 ? (kernel.fragments + ranks - 1) / ranks * (ranks - 1) * kFragmentBytes : 0;
+  const int bytes = two_launches ? kHalf : device.shared_bytes - kStaticBytes;
+  const int room = bytes - kSwizzleBytes - received;
+  const int own_tiles = (k_tiles + ranks - 1) / ranks;
+  const int steps = (own_tiles + kernel.k_warps - 1) / kernel.k_warps;
+  plan->kernel = kernel;
+  plan->stages = std::min({room / kernel.stage_bytes, kMaxStages, steps});
+  const bool is_whole = plan->stages == steps;
+  // A shallow ring loses more than two launches win, but for few bytes; one launch is better here
+  // where the ring turns, by measurement.
+  const bool is_light = weight.bits == 2 && params.num_tokens <= kFewTokens;
+  if (two_launches ? !is_whole && !is_light : is_whole && ranks > 1) return false;
+  if (plan->stages < std::min(2, steps)) return false;
+  const int ring = plan->stages * kernel.stage_bytes;
+  const bool is_apart = ring + kernel.sum_bytes <= room;
+  if (!is_apart && kernel.sum_bytes > ring) return false;
+  plan->sums_at = is_apart ? ring + received : 0;
+  LaunchShape& shape = plan->shape;
+  shape.grid = dim3(blocks * ranks);
+  shape.threads = kernel.threads;
+  shape.shared_bytes = std::max(bytes - room + ring + (is_apart ? kernel.sum_bytes : 0),
+                                two_launches ? kMoreThanThird : kMoreThanHalf);
+  shape.cluster = ranks;
+  shape.overlap = true;
+  int clusters = 0;
+  const cudaError_t error =
+      count_clusters(kernel.kernel, kernel.threads, shape.shared_bytes, ranks, &clusters);
+  return error == cudaSuccess && clusters >= blocks;
+}
+
+// By measurement on the model's shapes: the other kernels serve the rest as fast or faster.
+bool plan_even_shares(const LowBitLinearParams& params, const Device& device,
+                      EvenSharesPlan* plan) {
+  using How = EvenSharesArrangement;
+  const LowBitWeight& weight = params.weight;
+  const bool is_more = params.num_tokens > kFewTokens;
+  const bool is_few = params.num_tokens > 1 && params.num_tokens <= 2 * kFewTokens;
+  if (device.major != 9 || !is_few || weight.bits == 8) return false;
+  if (has_many_rows(weight, device)) {
+    return weight.bits == 2 && is_more &&
+           plan_even_shares(params, device, How::kManyTiles, 1, false, plan);
+  }
+  return plan_even_shares(params, device, How::kFourTiles, 2, true, plan) ||
+         plan_even_shares(params, device, How::kFiveTiles, 2, true, plan) ||
+         (weight.bits == 4 && is_more &&
+          plan_even_shares(params, device, How::kFourTiles, 2, false, plan));
+}
+
+Status launch_even_shares(const LowBitLinearParams& params, const EvenSharesPlan& plan,
+                          void* stream) {
+  const LowBitWeight& weight = params.weight;
+  const EvenSharesLinear& kernel = plan.kernel;
+  EvenSharesParams launch_params{};
+  launch_params.out = params.out;
+  launch_params.num_tokens = params.num_tokens;
+  launch_params.out_features = weight.out_features;
+  launch_params.k_tiles = tile_columns(weight);
+  launch_params.tile_groups = scale_groups(weight);
+  launch_params.group_shift = group_shift(weight);
+  launch_params.zero = weight.zero;
+  launch_params.num_stages = plan.stages;
+  launch_params.sums_at = plan.sums_at;
+  const void* x = nullptr;
+  const cudaError_t error = find_x(params, stream, &x);
+  if (error != cudaSuccess) return launch_status(kOp, error);
+  Status status = encode_x(params, x, kernel.k_warps, kernel.max_tokens, &launch_params.x);
+  if (!status.ok()) return status;
+  constexpr cuuint32_t kNumberBytes = 8;
+  const cuuint64_t row_bytes = cuuint64_t(tile_bytes(weight)) * tile_columns(weight);
+  status = encode_map(kOp, CU_TENSOR_MAP_DATA_TYPE_FLOAT64, weight.qweight,
+                      {row_bytes / kNumberBytes, cuuint64_t(tile_rows(weight))}, {row_bytes},
+                      {kernel.run_bytes / kNumberBytes, cuuint32_t(kernel.tiles)},
+                      CU_TENSOR_MAP_SWIZZLE_NONE, &launch_params.codes);
+  if (!status.ok()) return status;
+  const int stage_groups =
+      weight.group > kTileColumns ? 1 : kernel.k_warps * launch_params.tile_groups;
+  status = encode_scales(weight, kernel.tiles, stage_groups, &launch_params.scales);
+  if (!status.ok()) return status;
+  return launch_status(kOp, launch(kernel.kernel, plan.shape, stream, launch_params));
+}
+
 // Whether the kernel for few tokens serves, where its blocks run all at once, and how.
 bool plan_few_tokens(const LowBitLinearParams& params, const Device& device,
                      FewTokensLinear* kernel, LaunchShape* shape, int* num_stages) {
@@ -341,7 +448,7 @@ Status launch_few_tokens(const LowBitLinearParams& params, const FewTokensLinear
   const void* x = nullptr;
   const cudaError_t error = find_x(params, stream, &x);
   if (error != cudaSuccess) return launch_status(kOp, error);
-  Status status = encode_x(params, x, kernel.max_tokens, &launch_params.x);
+  Status status = encode_x(params, x, 1, kernel.max_tokens, &launch_params.x);
   if (!status.ok()) return status;
   constexpr cuuint32_t kNumberBytes = 8;
   const cuuint64_t row_bytes = cuuint64_t(tile_bytes(weight)) * tile_columns(weight);
@@ -467,7 +574,7 @@ Status launch_hopper(const LowBitLinearParams& params, const HopperLinear& kerne
   if (!status.ok()) return status;
   status = encode_scales(weight, kernel.tiles, launch_params.tile_groups, &launch_params.scales);
   if (!status.ok()) return status;
-  status = encode_x(params, x, kernel.max_tokens, &launch_params.x);
+  status = encode_x(params, x, 1, kernel.max_tokens, &launch_params.x);
   if (!status.ok()) return status;
   return launch_status(kOp, launch(kernel.kernel, plan.shape, stream, launch_params));
 }
@@ -517,6 +624,10 @@ Status run_low_bit_linear(const LowBitLinearParams& params, void* stream) {
   LaunchShape one_token_shape;
   if (plan_one_token(params, device, &one_token, &one_token_params, &one_token_shape)) {
     return launch_one_token(params, one_token, one_token_params, one_token_shape, stream);
+  }
+  EvenSharesPlan even_shares;
+  if (plan_even_shares(params, device, &even_shares)) {
+    return launch_even_shares(params, even_shares, stream);
   }
   int stages = 0;
   FewTokensLinear few_tokens;

@@ -181,6 +181,20 @@ __device__ __forceinline__ void add(float4& sum, const float4& part) {
   sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
 }
 
+// Stores a token's numbers of rows `row` and `row` + 1, as far as there are such.
+template <typename T>
+__device__ __forceinline__ void store_pair(T* out, uint32_t pair, int token, int row,
+                                           int num_tokens, int out_features) {
+  if (token >= num_tokens || row >= out_features) return;
+  T* const to = out + int64_t{token} * out_features + row;
+  if (out_features % 2 == 0) {
+    *reinterpret_cast<uint32_t*>(to) = pair;
+  } else {
+    const T* numbers = reinterpret_cast<const T*>(&pair);
+    to[0] = numbers[0];
+    if (row + 1 < out_features) to[1] = numbers[1];
+  }
+}
 // Stores `scale` times a product's 16 rows by 8 tokens; transposed, a lane has two rows.
 template <typename T>
 __device__ __forceinline__ void store_fragment(T* out, const float4& sum, float scale, int token,
@@ -192,17 +206,8 @@ __device__ __forceinline__ void store_fragment(T* out, const float4& sum, float 
   for (int half = 0; half < 2; ++half) {
     uint32_t pair;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(pair) : "r"(pairs[half]));
-    const int to_token = token + lane / 4;
-    const int n = row + half * 8 + lane % 4 * 2;
-    if (to_token >= num_tokens || n >= out_features) continue;
-    T* to = out + int64_t{to_token} * out_features + n;
-    if (out_features % 2 == 0) {
-      *reinterpret_cast<uint32_t*>(to) = pair;
-    } else {
-      const T* numbers = reinterpret_cast<const T*>(&pair);
-      to[0] = numbers[0];
-      if (n + 1 < out_features) to[1] = numbers[1];
-    }
+    store_pair<T>(out, pair, token + lane / 4, row + half * 8 + lane % 4 * 2, num_tokens,
+                  out_features);
   }
 }
 

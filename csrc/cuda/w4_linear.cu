@@ -1,4 +1,4 @@
-#include "low_bit_linear_few_tokens.cuh"
+#include "low_bit_linear_even_shares.cuh"
 #include "low_bit_linear_one_token.cuh"
 
 namespace minicpm41 {
@@ -14,6 +14,10 @@ HopperLinear w4_linear_sm90(int32_t dtype, int num_tokens, bool narrow) {
 
 FewTokensLinear w4_linear_few_tokens(int32_t dtype, int num_tokens) {
   return few_tokens_kernel_for<4>(dtype, num_tokens);
+}
+
+EvenSharesLinear w4_linear_even_shares(int32_t dtype, int num_tokens, EvenSharesArrangement how) {
+  return even_shares_kernel_for<4>(dtype, num_tokens, how);
 }
 
 OneTokenLinear w4_linear_one_token(int32_t dtype, int share) {

@@ -90,20 +90,23 @@ def test_the_models_own_shapes(fmt: LowBitFormat, shape: tuple[int, int]) -> Non
         assert_product(linear, x, linear(x))
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 16])
 @pytest.mark.parametrize("fmt", [W2, FORMATS[1], W4], ids=str)
-def test_one_token_by_shares_of_rows(fmt: LowBitFormat) -> None:
-    """One to five tiles of rows a multiprocessor, the last one not full, and columns whose last
+def test_shares_of_rows(fmt: LowBitFormat, tokens: int) -> None:
+    """One to many tiles of rows a multiprocessor, the last one not full, and columns whose last
     stage is not."""
     torch.manual_seed(0)
     tiles = torch.cuda.get_device_properties(0).multi_processor_count
-    for share in range(1, 6):
+    for share in (1, 2, 3, 4, 5, 9):
         linear = LowBitLinear.random(fmt, share * tiles * 16 - 8, 1152)
-        x = torch.randn(1, 1152, dtype=torch.bfloat16, device="cuda")
+        x = torch.randn(tokens, 1152, dtype=torch.bfloat16, device="cuda")
         # Groups far apart in size; what is not finite comes out as such.
         x[0, ::64] *= 512
         assert_product(linear, x, linear(x))
         x[0, 700] = float("inf")
-        assert not torch.isfinite(linear(x)).any()
+        out = linear(x)
+        assert not torch.isfinite(out[0]).any()
+        assert torch.isfinite(out[1:]).all()
 
 
 def test_a_head_whose_rows_do_not_fill_a_tile() -> None:
