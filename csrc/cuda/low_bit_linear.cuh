@@ -1,6 +1,7 @@
 // out = x W^T for up to 64 tokens, W in low-bit tiles, on every GPU: the kernel behind
 // w2_linear.cu, w4_linear.cu and w8_linear.cu where no kernel of Hopper's own is faster
-// (low_bit_linear_sm90.cuh, low_bit_linear_few_tokens.cuh, low_bit_linear_one_token.cuh).
+// (low_bit_linear_sm90.cuh, low_bit_linear_even_shares.cuh, low_bit_linear_few_tokens.cuh,
+// low_bit_linear_one_token.cuh).
 //
 // Sixteen rows of W are operand A of mma.m16n8k16, eight tokens operand B, so a code becomes an
 // operand by a mask and one subtraction, without a shuffle; the levels are exact in T and a group's
