@@ -62,6 +62,23 @@ test-sanitize: $(INSTALLED) ## Run the op tests on kernels built with AddressSan
 test-host: $(INSTALLED) ## Test on the real FastDeploy, on this CPU: FASTDEPLOY_SRC=checkout ARGS=...
 	BUILD_PYTHON=$(BIN)/python tests/host/run.sh $(ARGS)
 
+# PyTorch brings the tensors, the kernels are a build of their own, for every architecture.
+GPU_KERNELS := build/gpu/libfd_minicpm41_kernels.so
+$(GPU_KERNELS): $(INSTALLED)
+	$(BIN)/cmake -S . -B build/gpu -DFDM_CUDA=ON -DCMAKE_BUILD_TYPE=Release
+	$(BIN)/cmake --build build/gpu --parallel $$(nproc)
+	$(PIP) install --quiet torch
+	@touch $@
+
+.PHONY: test-gpu
+test-gpu: $(GPU_KERNELS) ## Test the CUDA kernels on this machine's GPU (ARGS=... go to pytest)
+	FD_MINICPM41_KERNELS=$(GPU_KERNELS) $(BIN)/python -m pytest tests/gpu $(ARGS)
+
+KIND ?= decode
+.PHONY: benchmark
+benchmark: $(GPU_KERNELS) ## Measure on this GPU: KIND=decode, prefill, linear or step, ARGS=...
+	FD_MINICPM41_KERNELS=$(GPU_KERNELS) $(BIN)/python benchmarks/minicpm41_performance.py $(KIND) $(ARGS)
+
 .PHONY: accuracy
 accuracy: demo-smollm2 ## Measure what each weight format costs SmolLM2 (half an hour)
 	$(BIN)/python benchmarks/quantization_smollm2.py
