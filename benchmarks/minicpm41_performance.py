@@ -13,6 +13,10 @@ import shlex
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import capi  # noqa: E402
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -47,6 +51,8 @@ def main() -> int:
     linear = kinds.add_parser("linear", help="one layer's products with low-bit weights")
     linear.add_argument("--out", type=Path, help="write the rows here as JSON")
     args = parser.parse_args()
+    if reason := capi.missing_for_cuda():
+        parser.error(f"{reason}; `make benchmark KIND={args.kind}` brings all but the GPU")
     args.command = shlex.join(["python", *sys.argv])
     return importlib.import_module(args.kind).main(args)
 

@@ -207,6 +207,20 @@ def build_info() -> dict[str, str]:
     return dict(item.split("=", 1) for item in text.split(" "))
 
 
+@cache
+def missing_for_cuda() -> str | None:
+    """Why the CUDA kernels cannot run here on tensors of PyTorch; None where they can."""
+    try:
+        import torch
+    except ImportError:
+        return "PyTorch is not installed"
+    if not torch.cuda.is_available():
+        return "there is no NVIDIA GPU"
+    if build_info()["cuda"] == "none":
+        return "the kernel library was built without CUDA"
+    return None
+
+
 def _check(failed: int) -> None:
     if failed:
         raise KernelError(library().minicpm41_last_error().decode())

@@ -3,24 +3,9 @@ not."""
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 
 import capi
-
-
-@functools.cache
-def missing() -> str | None:
-    try:
-        import torch
-    except ImportError:
-        return "PyTorch is not installed"
-    if not torch.cuda.is_available():
-        return "there is no NVIDIA GPU"
-    if capi.build_info()["cuda"] == "none":
-        return "the kernel library was built without CUDA"
-    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,6 +16,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _needs_gpu() -> None:
-    reason = missing()
+    reason = capi.missing_for_cuda()
     if reason:
         pytest.skip(reason)
