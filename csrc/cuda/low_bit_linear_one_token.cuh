@@ -103,14 +103,6 @@ __device__ __forceinline__ uint32_t load_word(uint32_t address) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
   return v;
 }
-__device__ __forceinline__ uint4 load_chunk(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
 
 // A lane's codes of a tile; those of 64 columns as operand A of two products.
 template <int kBits>
@@ -118,7 +110,7 @@ struct Bytes;
 template <>
 struct Bytes<2> {
   uint4 words;
-  __device__ __forceinline__ void load(uint32_t tile) { words = load_chunk(tile); }
+  __device__ __forceinline__ void load(uint32_t tile) { words = load_chunk_in_order(tile); }
   __device__ __forceinline__ void take(int half, uint32_t (&a)[2][4]) const {
     const uint32_t low = half == 0 ? words.x : words.z;
     const uint32_t high = half == 0 ? words.y : words.w;
@@ -134,8 +126,8 @@ template <>
 struct Bytes<4> {
   uint4 words[2];
   __device__ __forceinline__ void load(uint32_t tile) {
-    words[0] = load_chunk(tile);
-    words[1] = load_chunk(tile + kWarpSize * 16);
+    words[0] = load_chunk_in_order(tile);
+    words[1] = load_chunk_in_order(tile + kWarpSize * 16);
   }
   __device__ __forceinline__ void take(int half, uint32_t (&a)[2][4]) const {
     const uint4 chunk = words[half];
@@ -356,9 +348,9 @@ __global__ void __launch_bounds__(OneTokenShape<kBits, kRowTiles>::kThreads, 2)
 #pragma unroll
         for (int i = 0; i < C::kWarpTiles; ++i) {
           const uint32_t digits_at = own_digits + x_at + i * kXTileBytes;
-          b[0][i] = load_chunk(group_of_b == 0 ? digits_at : nothing);
-          b[1][i] = load_chunk(group_of_b == 1 ? digits_at : nothing);
-          const uint4 factor = load_chunk(own_factors + x_at + i * kXTileBytes);
+          b[0][i] = load_chunk_in_order(group_of_b == 0 ? digits_at : nothing);
+          b[1][i] = load_chunk_in_order(group_of_b == 1 ? digits_at : nothing);
+          const uint4 factor = load_chunk_in_order(own_factors + x_at + i * kXTileBytes);
           units[i] = __uint_as_float(factor.z);
           const uint32_t start = has_last ? factor.y : factor.x;
 #pragma unroll
