@@ -67,9 +67,14 @@ struct Shares {
   State* states;
   int slots;  // parted tiles at most; 0 if no tile is
 };
+// Thread blocks that begin their tiles together read the same keys at about the same time. Parts
+// would end that, and keys that do not fit into L2 would come from memory once for each: so many
+// rounds of tiles have an end too short to be worth it.
+constexpr int kManyRounds = 32;
 int slots_for(const SparseAttentionParams& params, const Device& device) {
   const int64_t tiles = most_tiles(params.batch, kTokens) * params.heads.num_kv_heads;
-  return tiles > device.multiprocessors ? device.multiprocessors : 0;
+  const int64_t thread_blocks = device.multiprocessors;
+  return tiles > thread_blocks && tiles < kManyRounds * thread_blocks ? device.multiprocessors : 0;
 }
 // States, which want the alignment, come first.
 Shares shares_of(void* workspace, int slots) {
