@@ -68,6 +68,45 @@ def _tile(length, tile, sequence, group, BLOCK_ROWS: tl.constexpr, G: tl.constex
 
 
 @triton.jit
+def _walk(
+    chosen_ptr,
+    list_ptr,
+    count_ptr,
+    length,
+    blocks,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+):
+    """What a program over rows works on: :func:`_tile` of its tile, that tile's list of blocks and
+    their number, what its rows chose, and where the keys of its group begin."""
+    tile = tl.program_id(0)
+    sequence = tl.program_id(1) // 2
+    group = tl.program_id(1) % 2
+    row, at = _tile(length, tile, sequence, group, R, G)
+    tiles = length // R
+    lists = list_ptr + (tl.program_id(1).to(tl.int64) * tiles + tile) * blocks
+    count = tl.load(count_ptr + tl.program_id(1) * tiles + tile)
+    chosen = chosen_ptr + (tl.program_id(1).to(tl.int64) * length + row) * blocks
+    keys = sequence.to(tl.int64) * length * 2 * D + group * D
+    return row, at, lists, count, chosen, keys
+
+
+@triton.jit
+def _score(
+    q, k_ptr, v_ptr, chosen, keys, block, length, row, scale, D: tl.constexpr, B: tl.constexpr
+):
+    """Keys and values of a block, its scores in powers of two, and which of them count."""
+    key = block * B + tl.arange(0, B)
+    inside = key < length
+    place = keys + key.to(tl.int64)[:, None] * (2 * D) + tl.arange(0, D)[None, :]
+    k = tl.load(k_ptr + place, mask=inside[:, None], other=0.0)
+    v = tl.load(v_ptr + place, mask=inside[:, None], other=0.0)
+    allowed = (tl.load(chosen + block) != 0)[:, None] & (key[None, :] <= row[:, None])
+    return k, v, tl.dot(q, tl.trans(k)) * scale, allowed
+
+
+@triton.jit
 def _forward_kernel(
     q_ptr,
     k_ptr,
@@ -85,35 +124,22 @@ def _forward_kernel(
     D: tl.constexpr,
     B: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    sequence = tl.program_id(1) // 2
-    group = tl.program_id(1) % 2
-    row, at = _tile(length, tile, sequence, group, R, G)
+    row, at, lists, count, chosen, keys = _walk(
+        chosen_ptr, list_ptr, count_ptr, length, blocks, R, G, D
+    )
     d = tl.arange(0, D)
     q = tl.load(q_ptr + at[:, None] * D + d[None, :])
-    tiles = length // R
-    lists = list_ptr + (tl.program_id(1).to(tl.int64) * tiles + tile) * blocks
-    count = tl.load(count_ptr + tl.program_id(1) * tiles + tile)
-    chosen = chosen_ptr + (tl.program_id(1).to(tl.int64) * length + row) * blocks
-    keys = sequence.to(tl.int64) * length * 2 * D + group * D
-    n = tl.arange(0, B)
 
     peak = tl.full([R * G], -1.0e30, tl.float32)
     total = tl.zeros([R * G], tl.float32)
     acc = tl.zeros([R * G, D], tl.float32)
     for i in range(count):
         block = tl.load(lists + i)
-        key = block * B + n
-        inside = key < length
-        place = keys + key.to(tl.int64)[:, None] * (2 * D) + d[None, :]
-        k = tl.load(k_ptr + place, mask=inside[:, None], other=0.0)
-        s = tl.dot(q, tl.trans(k)) * scale
-        allowed = (tl.load(chosen + block) != 0)[:, None] & (key[None, :] <= row[:, None])
+        k, v, s, allowed = _score(q, k_ptr, v_ptr, chosen, keys, block, length, row, scale, D, B)
         s = tl.where(allowed, s, -1.0e30)
         new = tl.maximum(peak, tl.max(s, 1))
         p = tl.where(allowed, tl.exp2(s - new[:, None]), 0.0)
         shrink = tl.exp2(peak - new)
-        v = tl.load(v_ptr + place, mask=inside[:, None], other=0.0)
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
         peak = new
@@ -144,31 +170,18 @@ def _query_grad_kernel(
     D: tl.constexpr,
     B: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    sequence = tl.program_id(1) // 2
-    group = tl.program_id(1) % 2
-    row, at = _tile(length, tile, sequence, group, R, G)
+    row, at, lists, count, chosen, keys = _walk(
+        chosen_ptr, list_ptr, count_ptr, length, blocks, R, G, D
+    )
     d = tl.arange(0, D)
     q = tl.load(q_ptr + at[:, None] * D + d[None, :])
     grad = tl.load(grad_ptr + at[:, None] * D + d[None, :])
     lse = tl.load(lse_ptr + at)
     delta = tl.load(delta_ptr + at)
-    tiles = length // R
-    lists = list_ptr + (tl.program_id(1).to(tl.int64) * tiles + tile) * blocks
-    count = tl.load(count_ptr + tl.program_id(1) * tiles + tile)
-    chosen = chosen_ptr + (tl.program_id(1).to(tl.int64) * length + row) * blocks
-    keys = sequence.to(tl.int64) * length * 2 * D + group * D
-    n = tl.arange(0, B)
     dq = tl.zeros([R * G, D], tl.float32)
     for i in range(count):
         block = tl.load(lists + i)
-        key = block * B + n
-        inside = key < length
-        place = keys + key.to(tl.int64)[:, None] * (2 * D) + d[None, :]
-        k = tl.load(k_ptr + place, mask=inside[:, None], other=0.0)
-        v = tl.load(v_ptr + place, mask=inside[:, None], other=0.0)
-        s = tl.dot(q, tl.trans(k)) * scale
-        allowed = (tl.load(chosen + block) != 0)[:, None] & (key[None, :] <= row[:, None])
+        k, v, s, allowed = _score(q, k_ptr, v_ptr, chosen, keys, block, length, row, scale, D, B)
         p = tl.where(allowed, tl.exp2(s - lse[:, None]), 0.0)
         ds = p * (tl.dot(grad, tl.trans(v)) - delta[:, None]) * softmax_scale
         dq += tl.dot(ds.to(k.dtype), k)
