@@ -473,7 +473,7 @@ struct HopperPlan {
 };
 
 // Into how many ranks the columns are split, and how deep the ring is: a block a multiprocessor
-// where its ring then holds half of its columns at least, else two.
+// where its ring then holds a third of its columns at least, else two.
 cudaError_t plan_hopper(const HopperLinear& kernel, const LowBitWeight& weight,
                         const Device& device, HopperPlan* result) {
   constexpr int kMostRanks = 8;
@@ -511,7 +511,7 @@ cudaError_t plan_hopper(const HopperLinear& kernel, const LowBitWeight& weight,
   const cudaError_t error =
       plan(device.shared_bytes - kStaticBytes, device.multiprocessors * 9 / 8, kMoreThanHalf, true);
   const int longest = (steps + result->shape.cluster - 1) / result->shape.cluster;
-  const bool is_whole = blocks <= device.multiprocessors && longest <= 2 * result->num_stages;
+  const bool is_whole = blocks <= device.multiprocessors && longest <= 3 * result->num_stages;
   if (error != cudaSuccess || is_whole || always_sends) return error;
   return plan(kHalfBytes, std::max(device.multiprocessors * 17 / 8, blocks), 0, false);
 }
@@ -574,7 +574,10 @@ Status launch_hopper(const LowBitLinearParams& params, const HopperLinear& kerne
   if (!status.ok()) return status;
   status = encode_scales(weight, kernel.tiles, launch_params.tile_groups, &launch_params.scales);
   if (!status.ok()) return status;
-  status = encode_x(params, x, 1, kernel.max_tokens, &launch_params.x);
+  // Rows of a box that x does not have would come slowly. What a product swizzles has eight.
+  const int box_tokens = (params.num_tokens + 7) / 8 * 8;
+  launch_params.x_tile_bytes = box_tokens * kXRowBytes;
+  status = encode_x(params, x, 1, box_tokens, &launch_params.x);
   if (!status.ok()) return status;
   return launch_status(kOp, launch(kernel.kernel, plan.shape, stream, launch_params));
 }

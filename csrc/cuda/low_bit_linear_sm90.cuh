@@ -25,13 +25,14 @@ constexpr int kGroupTiles = 4;  // tiles of kTileRows rows a warpgroup takes
 struct HopperLinearParams {
   CUtensorMap codes;   // [row_tiles, k_tiles * words of a tile], boxes of kTiles tiles
   CUtensorMap scales;  // [row_tiles, groups * 8 pairs], boxes of the groups of kTileColumns columns
-  CUtensorMap x;       // [in_features / 64, num_tokens, 64], boxes of 2 by the kernel's tokens
+  CUtensorMap x;       // [in_features / 64, num_tokens, 64], boxes of 2 by all tokens
   void* out;
   int32_t num_tokens;
   int32_t out_features;
-  int32_t code_words;   // numbers of a tile in the map of codes
-  int32_t tile_groups;  // groups of kTileColumns columns that have scales of their own
-  int32_t group_shift;  // columns to groups
+  int32_t x_tile_bytes;  // of the tokens that a box has
+  int32_t code_words;    // numbers of a tile in the map of codes
+  int32_t tile_groups;   // groups of kTileColumns columns that have scales of their own
+  int32_t group_shift;   // columns to groups
   int32_t zero;
   int32_t num_stages;
   int32_t sums_at;       // in shared memory, for the sums that ranks send each other; 0: none does
@@ -134,21 +135,6 @@ __device__ __forceinline__ uint4 load_chunk_in_order(uint32_t address) {
                : "memory");
   return v;
 }
-// A lane's codes of 32 columns of a tile, as the decoder wants them.
-template <typename T, int kBits>
-__device__ __forceinline__ typename Decoder<T, kBits>::Codes load_codes(uint32_t tile, int half,
-                                                                        int block) {
-  if constexpr (kBits == 2) {
-    return load_pair_in_order(tile + half * 8);
-  } else if constexpr (kBits == 4) {
-    const uint2 own = load_pair_in_order(tile + half * kWarpSize * 16 + block * 8);
-    return make_uint4(own.x, own.y, own.x, own.y);
-  } else {
-    const uint4 own = load_chunk_in_order(tile + (2 * half + block) * kWarpSize * 16);
-    return {own, own};
-  }
-}
-
 // d (+)= A B for 64 rows, 16 of them a warp, and twice as many tokens as d has numbers.
 #define MINICPM41_PRODUCT(T, type)                                                                \
   template <>                                                                                     \
@@ -224,36 +210,87 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
 }
 
 #ifdef MINICPM41_HAS_WGMMA
-// Levels of 32 columns in bfloat16 for two products, each multiplied by its scale and rounded once:
-// `factors` are the scales of the two rows that a lane has.
+// A power of two, twice in bfloat16.
+__device__ constexpr uint32_t power_pair(int exponent) {
+  return static_cast<uint32_t>(exponent + 127) << 7 | static_cast<uint32_t>(exponent + 127) << 23;
+}
+
+// Codes of 32 columns to levels in bfloat16 for two products, each multiplied by its scale, rounded
+// once and smaller by 2^kDown.
+//
+// The eight lowest bits of a bfloat16 count 2^-133 evenly: seven are the places of its subnormal
+// numbers, the eighth makes the first normal ones. So codes are numbers where they stand, once
+// masked. A zero that is a power of two times a scale is exact: one multiplication and addition
+// takes it off and rounds. With two bits it is 1.5, and levels come first, exact.
 template <int kBits>
-__device__ __forceinline__ void scale_levels(
-    const Decoder<__nv_bfloat16, kBits>& decode,
-    const typename Decoder<__nv_bfloat16, kBits>::Codes& codes, int block,
-    const uint32_t (&factors)[2], uint32_t (&a)[2][4]) {
+struct ScaledLevels {
   using T = __nv_bfloat16;
-  if constexpr (kBits == 8) {
-    // Fewer instructions than through fp32: seven bits become the last places of 128, and the
-    // eighth decides whether 128 or 256 is taken off. Both steps are exact.
-    const uint4 chunk = codes.blocks[block];
-    const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+  using Codes = std::conditional_t<kBits == 8, uint4, uint2>;
+  static constexpr int kUnit = 133;
+  // As far as scales may go up: to 2^27. With two bits only levels need it.
+  static constexpr int kDown = kBits == 2 ? 7 : 32;
+  static constexpr float kScale = static_cast<float>(uint64_t{1} << kDown);
+  static constexpr int kPlaces = kBits == 4 ? 2 : 1;  // of a byte, by factors of their own
+  uint32_t factors[2][kPlaces];                       // of the two rows that a lane has
+  uint32_t terms[2];
+
+  __device__ __forceinline__ explicit ScaledLevels(int zero) {
+    if constexpr (kBits == 2) {
+      const float term = static_cast<float>(-zero) / (2.0f * kScale);
+      terms[0] = terms[1] = Pair<T>::pack(term, term);
+    }
+  }
+  // The scales of both rows.
+  __device__ __forceinline__ void set_scales(uint32_t pair) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const uint32_t scale = __byte_perm(pair, pair, row == 0 ? 0x1010 : 0x3232);
+      if constexpr (kBits == 2) {
+        factors[row][0] = scale;
+      } else {
+#pragma unroll
+        for (int place = 0; place < kPlaces; ++place) {
+          factors[row][place] = multiply_pairs<T>(scale, power_pair(kUnit - kDown - 4 * place));
+        }
+        constexpr uint32_t kSigns = 0x80008000u;
+        terms[row] = multiply_pairs<T>(scale, power_pair(kBits - 1 - kDown) | kSigns);
+      }
+    }
+  }
+  static __device__ __forceinline__ Codes load(uint32_t tile, int half, int block) {
+    if constexpr (kBits == 2) {
+      return load_pair_in_order(tile + half * 8);
+    } else if constexpr (kBits == 4) {
+      return load_pair_in_order(tile + half * kWarpSize * 16 + block * 8);
+    } else {
+      return load_chunk_in_order(tile + (2 * half + block) * kWarpSize * 16);
+    }
+  }
+  __device__ __forceinline__ void operator()(const Codes& codes, int block,
+                                             uint32_t (&a)[2][4]) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int row_half = i / 4, pair = i % 4;
-      const uint32_t bytes =
-          __byte_perm(words[2 * row_half + pair / 2], 0, pair % 2 == 0 ? 0x4140 : 0x4342);
-      const uint32_t low = mask_or(bytes, 0x007f007fu, Magic<T>::kBits);
-      a[pair / 2][pair % 2 * 2 + row_half] =
-          Magic<T>::fma(low, 0x3f803f80u, (bytes & 0x00800080u) ^ 0xc380c380u);
+      const int row = i / 4, pair = i % 4;
+      uint32_t& level = a[pair / 2][pair % 2 * 2 + row];
+      if constexpr (kBits == 2) {
+        const uint32_t code = (row == 0 ? codes.x : codes.y) >> (8 * block) & 0x00030003u
+                                                                                  << (2 * pair);
+        level = Magic<T>::fma(code, power_pair(kUnit - kDown - 2 * pair), terms[row]);
+        level = multiply_pairs<T>(level, factors[row][0]);
+      } else if constexpr (kBits == 4) {
+        const int place = pair % 2;
+        const uint32_t code = (row == 0 ? codes.x : codes.y) >> (pair / 2 * 8) & 0x000f000fu
+                                                                                     << (4 * place);
+        level = Magic<T>::fma(code, factors[row][place], terms[row]);
+      } else {
+        const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+        const uint32_t code =
+            __byte_perm(words[2 * row + pair / 2], 0, pair % 2 == 0 ? 0x4140 : 0x4342);
+        level = Magic<T>::fma(code, factors[row][0], terms[row]);
+      }
     }
-  } else {
-    decode(codes, block, a);
   }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    a[i / 4][i % 4] = multiply_pairs<T>(a[i / 4][i % 4], factors[i % 2]);
-  }
-}
+};
 #endif  // MINICPM41_HAS_WGMMA
 
 // kTokens tokens, warpgroups of kRowGroups times 64 rows by kSets tiles of columns. kScalesLevels:
@@ -262,7 +299,7 @@ __device__ __forceinline__ void scale_levels(
 // multiplied.
 template <typename T, int kBits, int kTokens, int kRowGroups, int kSets>
 struct HopperShape {
-  static constexpr bool kScalesLevels = kTokens == 64 && std::is_same<T, __nv_bfloat16>::value;
+  static constexpr bool kScalesLevels = std::is_same<T, __nv_bfloat16>::value;
   static constexpr int kConsumers = kRowGroups * kSets * kWarpGroup;
   static constexpr int kThreads = kConsumers + 2 * kWarpSize;
   // That share a multiprocessor. Sums of exact levels beside the running ones take their registers.
@@ -335,7 +372,7 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kRowGroups, kSe
         const uint32_t stage = base + slot * C::kStageBytes;
         const int k_tile = (first_step + i) * kSets;
         arrive_expecting(&full[slot],
-                         copies_x ? kSets * C::kXBytes
+                         copies_x ? kSets * params.x_tile_bytes
                                   : C::kStageBytes - kSets * C::kXBytes + kSets * scale_bytes);
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
@@ -361,7 +398,6 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kRowGroups, kSe
     return;
   }
 
-  const Decoder<T, kBits> decode(params.zero);
   // Taken from one lane, so that the compiler knows it to be the same in all: addresses of operand
   // B are then uniform registers from the start.
   const int set = kSets == 1 ? 0 : __shfl_sync(kAllLanes, warp / C::kTiles, 0);
@@ -393,28 +429,25 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kRowGroups, kSe
     const uint32_t codes_from = once(base + codes_at);
     const uint32_t pairs_from = once(base + scales_at + pair_at);
     const uint32_t x_from = once(operand(base + set * C::kXBytes, 0));
+    const uint32_t x_half = params.x_tile_bytes >> 5;
+    ScaledLevels<kBits> scaled_levels(params.zero);
     for (int step = 0; step < steps; ++step) {
       wait_full(full_at + slot * 8, parity);
       const uint32_t codes = codes_from + slot * C::kStageBytes;
       const uint32_t pairs = pairs_from + slot * kSets * C::kScaleBytes;
       const uint32_t x = x_from + slot * (C::kStageBytes >> 4);
-      uint32_t factors[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int block = 0; block < 2; ++block) {
+          const auto own = ScaledLevels<kBits>::load(codes, half, block);
+          if (block == 0) scaled_levels.set_scales(load_in_order(pairs + half * second_group));
           wait_products<1>();  // those that read a[block]
-          const auto own = load_codes<T, kBits>(codes, half, block);
-          if (block == 0) {
-            const uint32_t pair = load_in_order(pairs + half * second_group);
-            factors[0] = __byte_perm(pair, pair, 0x1010);
-            factors[1] = __byte_perm(pair, pair, 0x3232);
-          }
-          scale_levels<kBits>(decode, own, block, factors, a[block]);
+          scaled_levels(own, block, a[block]);
           // All products of the stage before have ended.
           if (half == 0 && block == 1 && step > 0 && lane == 0) arrive(empty_at + last_slot * 8);
           begin_products();
-          const uint32_t columns = x + half * (C::kXBytes >> 5) + block * 4;
+          const uint32_t columns = x + half * x_half + block * 4;
           product<T>(acc, a[block][0], columns, true);
           product<T>(acc, a[block][1], columns + 2, true);
           end_products();
@@ -424,6 +457,7 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kRowGroups, kSe
       if (++slot == num_stages) slot = 0, parity ^= 1;
     }
   } else {
+    const Decoder<T, kBits> decode(params.zero);
     for (int step = 0; step < steps; ++step) {
       wait_phase(&full[slot], parity);
       const uint8_t* stage = shared + slot * C::kStageBytes;
@@ -434,7 +468,8 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kRowGroups, kSe
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const auto codes = decode.load(stage + codes_at, half);
-        const uint32_t x = operand(base + slot * C::kStageBytes + half * (C::kXBytes / 2), 0);
+        const uint32_t x =
+            operand(base + slot * C::kStageBytes + half * (params.x_tile_bytes / 2), 0);
         // All products of the stage before have ended.
         const auto release = [&] {
           if (half == 0 && step > 0 && lane == 0) arrive(&empty[last_slot]);
@@ -460,6 +495,7 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kRowGroups, kSe
   }
   add_sum();
 
+  using Levels = std::conditional_t<C::kScalesLevels, ScaledLevels<kBits>, Decoder<T, kBits>>;
   T* const out = static_cast<T*>(params.out);
   const int row = (first_tile + tile_of_warp) * kTileRows;
   const auto sum_of_tile = [&](int tile) {
@@ -468,8 +504,8 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kRowGroups, kSe
   if (!sends_sums && ranks == 1) {
 #pragma unroll
     for (int tile = 0; tile < C::kTokenTiles; ++tile) {
-      store_fragment<T>(out, sum_of_tile(tile), Decoder<T, kBits>::kScale, tile * 8,
-                        params.num_tokens, row, params.out_features, lane);
+      store_fragment<T>(out, sum_of_tile(tile), Levels::kScale, tile * 8, params.num_tokens, row,
+                        params.out_features, lane);
     }
     return;
   }
@@ -499,7 +535,7 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kRowGroups, kSe
         v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
       }
 #pragma unroll
-      for (float& number : v) number *= Decoder<T, kBits>::kScale;
+      for (float& number : v) number *= Levels::kScale;
       const int n = first_tile * kTileRows + row;
       T* to = out + int64_t{token} * params.out_features + n;
       if (params.out_features % kRun == 0 && n < params.out_features) {
@@ -540,8 +576,8 @@ __global__ void __launch_bounds__(HopperShape<T, kBits, kTokens, kRowGroups, kSe
     for (int from = 0; from < ranks * kSets; ++from, part += C::kSetBytes) {
       add(sum, load<float4>(part));
     }
-    store_fragment<T>(out, sum, Decoder<T, kBits>::kScale, (rank + i * ranks) * 8,
-                      params.num_tokens, row, params.out_features, lane);
+    store_fragment<T>(out, sum, Levels::kScale, (rank + i * ranks) * 8, params.num_tokens, row,
+                      params.out_features, lane);
   }
 #endif
 }

@@ -3,6 +3,8 @@ own shapes, the same bits every time, in a graph, and refusals."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -78,6 +80,24 @@ def test_one_column_comes_out_as_it_is(fmt: LowBitFormat) -> None:
         got = download(linear(eye[first : first + 64].contiguous()))
         wanted = weight.plain()[:, first : first + 64].T.astype(np.float16)
         np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("fmt", [f for f in FORMATS if not f.hadamard], ids=str)
+def test_scales_of_any_size(fmt: LowBitFormat) -> None:
+    """Weights of more than 16 tokens are rounded to bfloat16 once, as a framework rounds them,
+    whatever the scale: each comes out as it is where one column is asked for."""
+    weight = make_weight(fmt, 73, 256)
+    rng = np.random.default_rng(2)
+    powers = np.exp2(rng.integers(-60, 20, weight.scales.shape))
+    powers[::7] = 0
+    weight = replace(weight, scales=(weight.scales * powers).astype(weight.scales.dtype))
+    linear = LowBitLinear.of(weight)
+    wanted = weight.plain().T.astype(weight.scales.dtype)
+    eye = torch.eye(256, dtype=torch.bfloat16, device="cuda")
+    for tokens in (24, 40, 64):
+        for first in range(0, 256 - tokens, tokens):
+            got = download(linear(eye[first : first + tokens].contiguous()))
+            np.testing.assert_array_equal(got, wanted[first : first + tokens])
 
 
 @pytest.mark.parametrize("fmt", [W2, W4, W8], ids=str)
