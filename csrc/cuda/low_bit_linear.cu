@@ -469,7 +469,7 @@ struct HopperPlan {
   LaunchShape shape;
   int num_stages;
   int sums_at;
-  int64_t longest;  // tiles that a block takes
+  int64_t longest;  // tiles that a multiprocessor takes
 };
 
 // Into how many ranks the columns are split, and how deep the ring is: a block a multiprocessor
@@ -508,16 +508,18 @@ cudaError_t plan_hopper(const HopperLinear& kernel, const LowBitWeight& weight,
   };
   result->shape.threads = kernel.threads;
   result->shape.overlap = true;
-  const cudaError_t error =
+  cudaError_t error =
       plan(device.shared_bytes - kStaticBytes, device.multiprocessors * 9 / 8, kMoreThanHalf, true);
   const int longest = (steps + result->shape.cluster - 1) / result->shape.cluster;
   const bool is_whole = blocks <= device.multiprocessors && longest <= 3 * result->num_stages;
   if (error != cudaSuccess || is_whole || always_sends) return error;
-  return plan(kHalfBytes, std::max(device.multiprocessors * 17 / 8, blocks), 0, false);
+  error = plan(kHalfBytes, std::max(device.multiprocessors * 17 / 8, blocks), 0, false);
+  result->longest *= 2;
+  return error;
 }
 
-// Whether the kernels for many tokens serve, and which: narrow blocks where these reach more
-// multiprocessors.
+// Whether the kernels for many tokens serve, and which: narrow blocks where a multiprocessor has
+// less to do by these.
 bool find_hopper(const LowBitLinearParams& params, const Device& device, HopperLinear* kernel,
                  HopperPlan* plan, cudaError_t* error) {
   if (device.major != 9 || params.num_tokens <= 2 * kFewTokens) return false;
@@ -529,7 +531,7 @@ bool find_hopper(const LowBitLinearParams& params, const Device& device, HopperL
   if (!kernel->is_built) return false;
   *error = plan_hopper(*kernel, weight, device, plan);
   const HopperLinear narrow = kernel_of(params.dtype, params.num_tokens, true);
-  if (*error != cudaSuccess || !narrow.is_built || plan->sums_at == 0) return true;
+  if (*error != cudaSuccess || !narrow.is_built) return true;
   HopperPlan other;
   *error = plan_hopper(narrow, weight, device, &other);
   const int blocks = other.shape.grid.x;
