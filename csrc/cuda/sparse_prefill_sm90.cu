@@ -195,8 +195,11 @@ __device__ __forceinline__ Turn find_turn(const SparseAttentionParams& params, c
   for (int size = 0; size < Cut::kSizes && turn.tile.rows == 0; ++size) {
     const int of_size = cut.tiles[size];
     if (index < of_size * kv_heads) {
-      turn.kv_head = index % kv_heads;
-      turn.tile = find_tile(params.batch, cut, size, of_size - 1 - index / kv_heads, lane);
+      // Keys of one kv head at a time, where all read the same of them: L2 need not hold more.
+      // Where tiles are parted nothing keeps in step, and both heads in turn end more evenly.
+      turn.kv_head = cut.is_even ? index % kv_heads : index / of_size;
+      const int tile = cut.is_even ? index / kv_heads : index % of_size;
+      turn.tile = find_tile(params.batch, cut, size, of_size - 1 - tile, lane);
     }
     index -= of_size * kv_heads;
   }
