@@ -39,11 +39,7 @@ __device__ __forceinline__ void fetch_ahead(const CompressKeysParams& params, in
   const int kv_len = __ldcg(batch.history_lens + request) + query_len;
   const int blocks = min((kv_len + kBlockSize - 1) / kBlockSize, batch.max_blocks);
   if (query_len == 0 || blocks > kShortBlocks) return;
-  // From four places on, for several thread blocks will share the row.
-  const int quarter = (blocks + 3) / 4;
-  for (int i = threadIdx.x % kWarpSize; i < min(tiles, 4 * quarter); i += kWarpSize) {
-    const int block = i % 4 * quarter + i / 4;
-    if (block >= blocks) continue;
+  for (int block = threadIdx.x % kWarpSize; block < min(tiles, blocks); block += kWarpSize) {
     const int page = __ldcg(batch.block_tables + int64_t{request} * batch.max_blocks + block);
     if (page < 0 || page >= batch.num_pages) continue;
     fetch_to_l2(static_cast<const char*>(params.k_cache) +
@@ -65,18 +61,22 @@ __global__ void __launch_bounds__(kAllThreads, kResident)
     if (blockIdx.x == 0) fetch_ahead(params, request, kv_head, tiles_ahead);
     return;
   }
-  // Launched ahead of its turn, whatever comes before: nothing else is read until that has ended.
-  wait_for_previous_launch();
-  // The next launch reads windows of earlier steps at once. Those are never rewritten here, for a
-  // rebuild goes to the other kernel.
-  allow_next_launch();
-  const int query_len = __ldg(params.batch.query_lens + request);
-  const int history_len = __ldg(params.batch.history_lens + request);
+  // Launched ahead of its turn, whatever comes before: that may still write keys from history_lens
+  // on, for which one has to wait, and nothing else of what is read here.
+  const int query_len = __ldcg(params.batch.query_lens + request);
+  const int history_len = __ldcg(params.batch.history_lens + request);
   const int kv_len = history_len + query_len;
   const int from =
-      params.compress_from == nullptr ? history_len : __ldg(params.compress_from + request);
-  // The next launch reads windows of earlier steps at once; one that rewrites them must end first.
-  if (query_len == 0) return;
+      params.compress_from == nullptr ? history_len : __ldcg(params.compress_from + request);
+  bool has_waited = false;
+  const auto take_turn = [&] {
+    if (has_waited) return;
+    has_waited = true;
+    wait_for_previous_launch();
+    // The next launch reads windows of earlier steps at once. Those are never rewritten here, for a
+    // rebuild goes to the other kernel.
+    allow_next_launch();
+  };
 
   const int kv_heads = params.heads.num_kv_heads;
   const int32_t* pages = params.batch.block_tables + int64_t{request} * params.batch.max_blocks;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kAllThreads, kResident)
   const int half = lane / 16;
   const int chunk = lane % 16;
 
-  for (int block = from / kBlockSize + blockIdx.x; block * kBlockSize < kv_len;
+  for (int block = from / kBlockSize + blockIdx.x; query_len > 0 && block * kBlockSize < kv_len;
        block += gridDim.x) {
     // Ends of this page's windows, one past the last key: fine ones after strips 0..3.
     const int start = block * kBlockSize;
@@ -105,16 +105,26 @@ __global__ void __launch_bounds__(kAllThreads, kResident)
     }
     if (!has_any) continue;
 
+    const int page = __ldcg(pages + block);
     if (is_needed) {
       const int source_block = warp < kStripsPerPage ? block - 1 : block;
       const int slot = (warp % kStripsPerPage) * kKernelStride + half * (kKernelStride / 2);
       // A request without pages has -1 there: what is read then is not written anywhere.
-      const int source_page = max(0, __ldg(pages + source_block));
+      const int source_page = max(0, warp < kStripsPerPage ? __ldcg(pages + source_block) : page);
       const T* keys = slot_row<kBlockSize>(k_cache, source_page, kv_heads, kv_head, slot);
+      const auto load_row = [&](int i) {
+        return *reinterpret_cast<const uint4*>(keys + i * kHeadDim + chunk * 8);
+      };
+      const int first = source_block * kBlockSize + slot;
       uint4 rows[kKernelStride / 2];
 #pragma unroll
       for (int i = 0; i < kKernelStride / 2; ++i) {
-        rows[i] = *reinterpret_cast<const uint4*>(keys + i * kHeadDim + chunk * 8);
+        if (first + i < history_len) rows[i] = load_row(i);
+      }
+      take_turn();
+#pragma unroll
+      for (int i = 0; i < kKernelStride / 2; ++i) {
+        if (first + i >= history_len) rows[i] = load_row(i);
       }
       float sums[8] = {};
 #pragma unroll
@@ -125,9 +135,9 @@ __global__ void __launch_bounds__(kAllThreads, kResident)
         if (half == 0) strips[warp][chunk * 8 + i] = sums[i];
       }
     }
+    take_turn();
     __syncthreads();
 
-    const int page = __ldg(pages + block);
     const int items = page < 0 ? 0 : (kFineSlots + 1) * kHeadDim / 2;
     for (int item = threadIdx.x; item < items; item += kCompressThreads) {
       const int slot = item / (kHeadDim / 2);
@@ -154,7 +164,7 @@ __global__ void __launch_bounds__(kAllThreads, kResident)
     }
     __syncthreads();
   }
-  if (from < history_len) __threadfence();
+  take_turn();
 }
 
 template __global__ void compress_keys_kernel<__half>(const CompressKeysParams, const int);

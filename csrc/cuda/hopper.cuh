@@ -83,6 +83,20 @@ __device__ __forceinline__ void copy_page(const CUtensorMap* map, void* target, 
       "l"(map), "r"(0), "r"(row), "r"(shared_address(barrier))
       : "memory");
 }
+// The same for a page that is read once a launch: in L2 it makes room before anything else does, so
+// that lengths, tables and the code of kernels stay there.
+__device__ __forceinline__ void copy_page_once(const CUtensorMap* map, void* target,
+                                               uint64_t* barrier, int row) {
+  asm volatile(
+      "{\n"
+      ".reg .b64 policy;\n"
+      "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %2}], [%4], policy;\n"
+      "}" ::"r"(shared_address(target)),
+      "l"(map), "r"(0), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
 // Brings bytes to L2, a multiple of 16 of them.
 __device__ __forceinline__ void fetch_to_l2(const void* address, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");

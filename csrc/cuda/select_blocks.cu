@@ -627,6 +627,26 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
   if (is_first) wait_for_previous_launch();
 }
 
+// Where no table is wider than the budget: each list names all blocks of its row.
+constexpr int kListThreads = 3 * kWarpSize;
+__global__ void __launch_bounds__(kListThreads)
+    list_all_blocks_kernel(const __grid_constant__ SelectBlocksParams params,
+                           const bool by_request) {
+  allow_next_launch();
+  const int token = token_of_row(params.batch, blockIdx.x, by_request);
+  const int kv_head = blockIdx.y;
+  QueryRow row;
+  if (token >= 0 && load_query_row(params.batch, token, &row) && !is_prefill(row.query_len)) {
+    const int own = row.position / kBlockSize;
+    int32_t* list =
+        params.topk_idx + (int64_t{kv_head} * params.batch.num_tokens + token) * params.budget;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < params.budget; i += kListThreads) list[i] = i <= own ? i : -1;
+  }
+  // On behalf of all, so that this launch does not end before the previous one.
+  if (blockIdx.x + blockIdx.y == 0) wait_for_previous_launch();
+}
+
 }  // namespace
 
 Status select_blocks_decode(const SelectBlocksParams& params, const Device& device, void* stream) {
@@ -637,7 +657,13 @@ Status select_blocks_decode(const SelectBlocksParams& params, const Device& devi
   const int64_t rows = int64_t{row_grid.count} * params.heads.num_kv_heads;
   LaunchShape shape;
   shape.overlap = params.overlap != 0 && device.has_clusters();
-  if (device.has_clusters() && max_blocks > params.budget) {
+  if (max_blocks <= params.budget) {
+    shape.threads = kListThreads;
+    shape.grid = dim3(row_grid.count, params.heads.num_kv_heads);
+    return launch_status(
+        op, launch(list_all_blocks_kernel, shape, stream, params, row_grid.by_request));
+  }
+  if (device.has_clusters()) {
     // Half of the multiprocessors: sparse_attention begins on the others.
     while (shape.cluster < kMaxCluster && 2 * shape.cluster * rows <= device.multiprocessors / 2) {
       shape.cluster *= 2;
@@ -649,8 +675,8 @@ Status select_blocks_decode(const SelectBlocksParams& params, const Device& devi
   };
   const bool is_few =
       shape.cluster == kMaxCluster && bytes(kFewWarps, kMaxStages) <= device.shared_bytes;
-  const bool is_small = shape.cluster == kMaxCluster || max_blocks <= params.budget ||
-                        bytes(kMaxWarps, kFewStages) > device.shared_bytes;
+  const bool is_small =
+      shape.cluster == kMaxCluster || bytes(kMaxWarps, kFewStages) > device.shared_bytes;
   const int warps = is_small ? kFewWarps : kMaxWarps;
   const int stages = is_few ? kMaxStages : kFewStages;
   Check check(op);

@@ -253,9 +253,9 @@ __global__ void __launch_bounds__(kAllThreads, 1)
             if (i % kLoaders == loader) wait_phase(is_empty + cursor.stage, cursor.parity ^ 1);
             if (i % kLoaders == loader && lane == 0) {
               arrive_expecting(is_full + cursor.stage, kTileBytes);
-              copy_page(is_v ? &v_map : &k_map, ring + cursor.stage * kTileBytes,
-                        is_full + cursor.stage,
-                        (source * params.heads.num_kv_heads + kv_head) * kBlockSize);
+              copy_page_once(is_v ? &v_map : &k_map, ring + cursor.stage * kTileBytes,
+                             is_full + cursor.stage,
+                             (source * params.heads.num_kv_heads + kv_head) * kBlockSize);
             }
             cursor.advance(stages);
           }
@@ -681,11 +681,13 @@ Status sparse_decode_sm90(const SparseAttentionParams& params, const Device& dev
   cudaError_t error = cudaSuccess;
   // Chooses the ring for clusters of that size, and sees how many run side by side.
   const auto choose = [&](int cluster) {
-    // Where every multiprocessor works, deep rings let some run ahead of the others.
+    // Where every multiprocessor works, deep rings let some run ahead of the others; in short rows
+    // these have no time to catch up.
     const bool is_full = 2 * cluster * rows > device.multiprocessors;
+    const int full_stages = kMinStages + (params.batch.max_blocks > 2 * kLanes);
     const int rest = Layout(cluster, params.budget).bytes + kStaticBytes;
     stages =
-        std::min(is_full ? kMinStages + 1 : kMaxStages, (device.shared_bytes - rest) / kTileBytes);
+        std::min(is_full ? full_stages : kMaxStages, (device.shared_bytes - rest) / kTileBytes);
     shape.cluster = cluster;
     shape.shared_bytes = stages * kTileBytes + Layout(cluster, params.budget).bytes;
     if (stages >= kMinStages) {

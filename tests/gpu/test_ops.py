@@ -231,10 +231,15 @@ def test_prefill_chunk_behind_a_long_history() -> None:
 # ---- bits ----
 
 
-def test_alone_and_in_a_crowd_bitwise() -> None:
+MIXED_LENGTHS = [9000, 8191, 12000, 700, 1, 65, 6145, 5000, 8192]
+MIXED_LENGTHS += [int(x) for x in np.random.default_rng(0).integers(1, 9500, 61)]
+# Every number of blocks from 1 to 70, the longest rows first; the last block is not always full.
+SHORT_LENGTHS = [64 * blocks - blocks % 3 * 20 for blocks in range(70, 0, -1)]
+
+
+@pytest.mark.parametrize("lengths", [MIXED_LENGTHS, SHORT_LENGTHS], ids=["mixed", "short"])
+def test_alone_and_in_a_crowd_bitwise(lengths: list[int]) -> None:
     # 1 to 70 requests: every number of thread blocks that may share a row. Some rows are dense.
-    lengths = [9000, 8191, 12000, 700, 1, 65, 6145, 5000, 8192]
-    lengths += [int(x) for x in np.random.default_rng(0).integers(1, 9500, 61)]
     _, gpu = ready([(length - 1, 1) for length in lengths], padding_rows=0)
     single = [run_step(alone(gpu, request), PUBLISHED) for request in range(len(lengths))]
     for count in (2, 3, 5, 9, 17, 35, 70):
