@@ -136,7 +136,8 @@ def check(step: PagedStep, launches: Launches, requests: list[int]) -> None:
 
 def time_ours(batch: int, length: int, max_blocks: int, parts: bool) -> dict[str, float]:
     bytes_read = batch * bytes_of_step(length)
-    copies = measure.copies_for(bytes_read, batch * length * 1024)
+    held = batch * length * 1024
+    copies = measure.copies_for(bytes_read, held, measure.COLD_BYTES_WITH_POLICIES)
     steps = [PagedStep(batch, length, max_blocks)]
     steps += [PagedStep(batch, length, max_blocks, steps[0]) for _ in range(copies - 1)]
     launches = [Launches(step, SIZES, overlap=1) for step in steps]
@@ -160,7 +161,8 @@ def time_ours(batch: int, length: int, max_blocks: int, parts: bool) -> dict[str
 
 def time_dense(batch: int, length: int) -> dict[str, float]:
     """The two dense kernels of PyTorch that read a cache at close to full bandwidth."""
-    copies = measure.copies_for(batch * length * 1024, batch * length * 1024)
+    held = batch * length * 1024
+    copies = measure.copies_for(held, held, measure.COLD_BYTES_WITH_POLICIES)
     keys, values = (
         [
             torch.randn(batch, KV_HEADS, length, HEAD_DIM, dtype=torch.bfloat16, device="cuda")

@@ -15,12 +15,16 @@ import torch
 
 # Inputs rotate until they have moved this many bytes: three times the L2 of an H100.
 COLD_BYTES = 160 * 2**20
+# Where a kernel reads with a policy that L2 evicts first, some of that outlives three times its
+# size: 30 MB did. Then as much as some layers of a model read between two turns of one.
+COLD_BYTES_WITH_POLICIES = 10 * COLD_BYTES
 REPLAYS = 25
 
 
-def copies_for(bytes_read: int, bytes_held: int, limit: int = 24 * 2**30) -> int:
+def copies_for(bytes_read: int, bytes_held: int, cold_bytes: int = COLD_BYTES) -> int:
     """Copies of the inputs to rotate over, so that none of them is in L2 when its turn comes."""
-    wanted = max(2, -(-COLD_BYTES // max(1, bytes_read)))
+    limit = 24 * 2**30
+    wanted = max(2, -(-cold_bytes // max(1, bytes_read)))
     return int(min(wanted, max(1, limit // bytes_held)))
 
 
