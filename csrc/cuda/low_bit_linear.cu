@@ -327,11 +327,8 @@ bool plan_even_shares(const LowBitLinearParams& params, const Device& device,
   const int steps = (own_tiles + kernel.k_warps - 1) / kernel.k_warps;
   plan->kernel = kernel;
   plan->stages = std::min({room / kernel.stage_bytes, kMaxStages, steps});
-  const bool is_whole = plan->stages == steps;
-  // A shallow ring loses more than two launches win, but for few bytes; one launch is better here
-  // where the ring turns, by measurement.
-  const bool is_light = weight.bits == 2 && params.num_tokens <= kFewTokens;
-  if (two_launches ? !is_whole && !is_light : is_whole && ranks > 1) return false;
+  // A ring that turns, and half as deep, loses more than two launches win, by measurement.
+  if (two_launches && plan->stages < steps) return false;
   if (plan->stages < std::min(2, steps)) return false;
   const int ring = plan->stages * kernel.stage_bytes;
   const bool is_apart = ring + kernel.sum_bytes <= room;
@@ -363,9 +360,7 @@ bool plan_even_shares(const LowBitLinearParams& params, const Device& device,
            plan_even_shares(params, device, How::kManyTiles, 1, false, plan);
   }
   return plan_even_shares(params, device, How::kFourTiles, 2, true, plan) ||
-         plan_even_shares(params, device, How::kFiveTiles, 2, true, plan) ||
-         (weight.bits == 4 && is_more &&
-          plan_even_shares(params, device, How::kFourTiles, 2, false, plan));
+         plan_even_shares(params, device, How::kFiveTiles, 2, true, plan);
 }
 
 Status launch_even_shares(const LowBitLinearParams& params, const EvenSharesPlan& plan,

@@ -201,8 +201,9 @@ __global__ void __launch_bounds__(FewTokensShape<kBits, kTokenTiles>::kThreads, 
     }
     init_barrier(&received, 1);
     publish_barriers();
-    // No earlier launch writes weights: as many as there is room for come before its end.
-    for (int i = 0; i < ahead; ++i) copy_weights(i, i);
+    // No earlier launch writes weights. But copies come in the order they are asked for: behind a
+    // whole ring of codes the first x would come last.
+    copy_weights(0, 0);
   }
   allow_next_launch();
   __syncthreads();
@@ -220,7 +221,10 @@ __global__ void __launch_bounds__(FewTokensShape<kBits, kTokenTiles>::kThreads, 
         }
       };
       wait_for_previous_launch();
-      for (int i = 0; i < ahead; ++i) copy_x(i, i);
+      for (int i = 0; i < ahead; ++i) {
+        if (i > 0) copy_weights(i, i);
+        copy_x(i, i);
+      }
       int slot = 0;
       uint32_t parity = 0;
       for (int i = ahead; i < steps; ++i) {
